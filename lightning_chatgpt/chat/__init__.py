@@ -1,0 +1,1 @@
+"""What a conversation is, and how it becomes tokens. Imports no Lightning."""

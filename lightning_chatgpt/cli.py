@@ -1,0 +1,199 @@
+"""ChatCLI: LightningCLI with our model, our data and our callbacks, and a run folder that is never overwritten unasked."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import Namespace
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from lightning_chatgpt.callbacks.export import HuggingFaceExport
+from lightning_chatgpt.callbacks.predictions import PredictionWriter
+from lightning_chatgpt.callbacks.samples import SampleGeneration
+from lightning_chatgpt.callbacks.throughput import TokenThroughput
+from lightning_chatgpt.configuration import check_keys, resolve_arguments
+from lightning_chatgpt.data.chat import ChatDataModule
+from lightning_chatgpt.errors import ConfigError, ModelError
+from lightning_chatgpt.models.causal_lm import CausalLMModule
+
+_RUN_FILES = ("config.yaml", "metrics.csv", "samples.jsonl", "checkpoints", "hf", "tensorboard", "plots")
+_CLASSES = {"model": CausalLMModule, "data": ChatDataModule}
+
+
+class ChatArgumentParser(LightningArgumentParser):
+    """Says in one line what is wrong, in place of jsonargparse's page, and leaves with exit code 2."""
+
+    def error(self, message: str, ex: Exception | None = None) -> Any:
+        """Print the line that tells most, and leave."""
+        lines = [line.strip(" -") for line in message.splitlines() if line.strip()]
+        detail = [line for line in lines[1:] if not line.startswith(("Problem with", "Expected a <class 'NoneType'>"))]
+        text = lines[0] if not detail else f"{lines[0]} {detail[-1]}"
+        sys.stderr.write(f"error: {text}\n")
+        self.exit(2)
+
+
+class RunFolder(SaveConfigCallback):
+    """Keeps a run's folder: writes its ``config.yaml``, and clears an earlier run's files if that was asked for.
+
+    Args:
+        parser: The parser of the verb.
+        config: What was parsed.
+    """
+
+    def __init__(self, parser: LightningArgumentParser, config: Namespace) -> None:
+        folder = Path(config["trainer"]["default_root_dir"])
+        self.to_remove = _run_files(folder) if config["overwrite"] else []
+        config = config.clone()
+        config["overwrite"] = False  # the saved config, run again, must not remove what it made
+        super().__init__(parser, config, overwrite=True, save_to_log_dir=False)
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write the config, on the first process only, once the data was read and found good."""
+        folder = Path(trainer.default_root_dir)
+        for path in self.to_remove:  # listed before this run's loggers made files of their own
+            path.unlink(missing_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.parser.save(self.config, folder / self.config_filename, skip_none=False, overwrite=True)
+
+
+class ChatCLI(LightningCLI):
+    """fit, validate, test and predict from config files.
+
+    The model is a :class:`CausalLMModule` and the data a :class:`ChatDataModule`, whose settings are flat keys
+    (``model: {learning_rate: 1e-4}``), unless a ``class_path`` names another. Callbacks stand in groups of their own:
+    checkpoint, samples, predictions, export, throughput, learning_rate.
+
+    Args:
+        arguments: The command line, from the verb on.
+    """
+
+    def __init__(self, arguments: Sequence[str]) -> None:
+        self.arguments, self.configs = resolve_arguments(arguments)
+        super().__init__(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_callback=RunFolder if self.arguments[:1] == ["fit"] else None,
+            trainer_defaults={"default_root_dir": "runs/default", "use_distributed_sampler": False},
+            seed_everything_default=0,
+            parser_class=ChatArgumentParser,
+            auto_configure_optimizers=False,
+            args=self.arguments,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the callback groups and our defaults."""
+        for cls, name in (
+            (ModelCheckpoint, "checkpoint"),
+            (SampleGeneration, "samples"),
+            (PredictionWriter, "predictions"),
+            (HuggingFaceExport, "export"),
+            (TokenThroughput, "throughput"),
+            (LearningRateMonitor, "learning_rate"),
+        ):
+            parser.add_lightning_class_args(cls, name)
+        parser.set_defaults(
+            {
+                "checkpoint.monitor": "val_loss",
+                "checkpoint.save_last": True,
+                "checkpoint.filename": "{epoch}-{step}-{val_loss:.3f}",
+                "learning_rate.logging_interval": "step",
+                **{name: {"class_path": f"lightning_chatgpt.{cls.__name__}"} for name, cls in _CLASSES.items()},
+            }
+        )
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "fit":
+            help_text = "Remove what an earlier run left in trainer.default_root_dir; --ckpt_path last goes on with it."
+            parser.add_argument("--overwrite", type=bool, default=False, help=help_text)
+        if subcommand == "predict":
+            parser.set_defaults({"return_predictions": False})  # they are written as they come, not kept
+        return parser
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Check every key, then parse."""
+        verb, *rest = self.arguments
+        known = {action.dest for action in self._subcommand_parsers[verb]._actions} | {"help", "print_config"}
+        check_keys(rest, self.configs, known=known - set(_CLASSES), classes=dict(_CLASSES))
+        with warnings.catch_warnings():
+            # LightningCLI thinks that whoever hands it arguments forgot about sys.argv; these are sys.argv's own.
+            warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
+            super().parse_arguments(parser, args)
+
+    def _parse_ckpt_path(self) -> None:
+        """Leave the settings as they were given: Lightning would let a checkpoint's beat the command line, unsaid."""
+
+    def before_instantiate_classes(self) -> None:
+        """Refuse a run folder that holds a run, before anything else is done."""
+        if self.subcommand != "fit":
+            return
+        config = self.config[self.subcommand]
+        folder = Path(config["trainer"]["default_root_dir"])
+        taken = _run_files(folder)
+        is_first_process = rank_zero_only.rank in (0, None)
+        if taken and is_first_process and not config["overwrite"] and not config["ckpt_path"]:
+            raise ConfigError(
+                f"{folder} holds an earlier run ({taken[0].name}); go on with it by --ckpt_path last, remove it by --overwrite true, "
+                "or name another trainer.default_root_dir"
+            )
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Add the run folder's loggers, and leave out callbacks that could not work."""
+        config = self._get(self.config_init, "trainer")
+        folder = config["default_root_dir"]
+        if config["logger"] in (None, True):
+            # Other verbs than fit would write over the run's own curves.
+            kwargs["logger"] = [
+                CSVLogger(folder, name="", version=""),
+                TensorBoardLogger(folder, name="tensorboard", version=""),
+            ] if self.subcommand == "fit" else False  # fmt: skip
+        if not kwargs.get("logger", config["logger"]) or config["fast_dev_run"]:
+            self._parser(self.subcommand).callback_keys.remove("learning_rate")  # it has nowhere to log to
+        checkpoint: ModelCheckpoint = self._get(self.config_init, "checkpoint")
+        if getattr(self.datamodule, "validation", True) in (None, 0) and checkpoint.monitor == "val_loss":
+            checkpoint.monitor, checkpoint.filename = None, "{epoch}-{step}"  # nothing to compare by: keep the latest
+        trainer = super().instantiate_trainer(**kwargs)
+        return trainer
+
+
+def run_trainer_verb(arguments: Sequence[str]) -> None:
+    """Run fit, validate, test or predict.
+
+    Args:
+        arguments: The command line, from the verb on.
+
+    Raises:
+        UserError: Something the user gave cannot be used.
+    """
+    # A class_path in the working folder is found by `python -m`; by the console script only with this.
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    _quieten()
+    try:
+        ChatCLI(arguments)
+    except MisconfigurationException as error:
+        raise ConfigError(" ".join(str(error).split())) from None
+
+
+def _quieten() -> None:
+    """Leave out warnings that a user can do nothing about."""
+    for message in (".*does not have many workers.*", ".*Checkpoint directory .* exists and is not empty.*",
+                    ".*Experiment logs directory .* exists and is not empty.*"):  # fmt: skip
+        warnings.filterwarnings("ignore", message=message)
+
+
+def _run_files(folder: Path) -> list[Path]:
+    """The files that an earlier run left in a folder."""
+    paths = [path for name in _RUN_FILES for path in (folder / name, *(folder / name).rglob("*"))]
+    return [path for path in paths if path.is_file()]

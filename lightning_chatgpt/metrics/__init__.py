@@ -1,0 +1,1 @@
+"""Metrics that sum first and divide once. Imports no Lightning."""

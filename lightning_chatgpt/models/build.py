@@ -1,0 +1,298 @@
+"""A network and its tokenizer: from the hub, a folder, a run, a checkpoint, the built-in base, or from scratch."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from lightning_chatgpt.chat.tokenizer import load_tokenizer, tokenizer_from_state
+from lightning_chatgpt.errors import ConfigError, ModelError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+BUILTIN_PREFIX = "builtin:"
+CHECKPOINT_KEY = "lightning_chatgpt"  # where a checkpoint keeps its architecture and tokenizer
+NETWORK_PREFIX = "network."  # what CausalLMModule calls the network in its state
+
+_BUILTIN_FOLDER = Path(__file__).parent.parent / "base"
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_FILES = ["config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*", "vocab*",
+              "merges.txt", "special_tokens_map.json", "added_tokens.json"]  # fmt: skip
+_HUB_DEADLINE_SECONDS = 3.0
+_FREE_TO_CHANGE = {"resid_pdrop", "embd_pdrop", "attn_pdrop"}  # dropout leaves the weights' shape and meaning alone
+
+
+class LoadedModel(NamedTuple):
+    """A network in evaluation mode, and the tokenizer it was trained with."""
+
+    network: PreTrainedModel
+    tokenizer: PreTrainedTokenizerFast
+
+
+def load_model(source: str | Path) -> LoadedModel:
+    """Load a model to talk to or to export.
+
+    Args:
+        source: A run folder, a ``.ckpt``, a transformers folder, ``builtin:NAME``, or a hub name.
+
+    Raises:
+        ModelError: There is no such model, or it cannot be loaded.
+    """
+    if str(source).endswith(".ckpt"):
+        return _load_checkpoint(Path(source))
+    folder = find_pretrained(str(source))
+    tokenizer = load_tokenizer(folder)
+    network = build_network(folder, tokenizer=tokenizer)
+    return LoadedModel(network.eval(), tokenizer)
+
+
+def find_pretrained(name: str) -> Path:
+    """Find the transformers folder that a name stands for: on this machine first, then on the hub.
+
+    Args:
+        name: ``builtin:NAME``, a transformers folder, a run folder, or a hub name.
+
+    Raises:
+        ModelError: It is not there, or the hub cannot be reached.
+    """
+    if name.startswith(BUILTIN_PREFIX):
+        folder = _BUILTIN_FOLDER / name.removeprefix(BUILTIN_PREFIX)
+        if not (folder / "config.json").is_file():
+            known = ", ".join(sorted(f"{BUILTIN_PREFIX}{p.parent.name}" for p in _BUILTIN_FOLDER.glob("*/config.json")))
+            raise ModelError(f"{name} is unknown; there is {known or 'none in this installation'}")
+        return folder
+    path = Path(name).expanduser()
+    if path.is_dir():
+        for folder in (path, path / "hf"):
+            if (folder / "config.json").is_file():
+                return folder
+        raise ModelError(f"{name}: the folder holds no model (no config.json in it or in its hf/); is the run finished?")
+    if path.is_file():
+        raise ModelError(f"{name}: is a file; name the folder it is in, or a .ckpt where a checkpoint is asked for")
+    if not _HUB_NAME.fullmatch(name) or name[0] == "." or name.startswith(("runs/", "checkpoints/")):
+        raise ModelError(f"{name}: no such folder")
+    return _download(name)
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    def snapshot(*, local_files_only: bool) -> Path:
+        return Path(snapshot_download(name, allow_patterns=_HUB_FILES, local_files_only=local_files_only))
+
+    def is_complete(folder: Path) -> bool:
+        return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
+
+    try:
+        folder = snapshot(local_files_only=True)
+        if is_complete(folder):
+            return folder
+    except LocalEntryNotFoundError:
+        pass  # not in the cache: ask the hub
+    reason = "HF_HUB_OFFLINE is set" if _is_offline() else _hub_problem()
+    if reason is not None:
+        raise ModelError(
+            f"{name}: no such folder here, not in the cache, and the hub cannot be reached ({reason}); "
+            "connect and try again, or name a local folder or builtin:smalltalk"
+        )
+    try:
+        folder = snapshot(local_files_only=False)
+    except RepositoryNotFoundError:
+        raise ModelError(f"{name}: no such folder here and no such model on the hub (or it needs a login)") from None
+    except HfHubHTTPError as error:
+        raise ModelError(f"{name}: the hub answered {str(error).splitlines()[0]}") from None
+    if not is_complete(folder):
+        raise ModelError(f"{name}: the hub's model has no safetensors weights; convert it, or take one that has")
+    return folder
+
+
+def _is_offline() -> bool:
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
+
+
+def _hub_problem() -> str | None:
+    """Why the hub cannot be reached, or None if it answers within the deadline.
+
+    Client libraries retry for up to minutes, and name look-up knows no time limit, so a thread asks and is not waited for.
+    """
+    import urllib.error
+    import urllib.request
+
+    from huggingface_hub import constants
+
+    answer: list[str | None] = []
+
+    def ask() -> None:
+        try:
+            request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
+            urllib.request.urlopen(request, timeout=_HUB_DEADLINE_SECONDS).close()
+            answer.append(None)
+        except urllib.error.HTTPError:
+            answer.append(None)  # it answered
+        except OSError as error:
+            answer.append(str(getattr(error, "reason", error)))
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(_HUB_DEADLINE_SECONDS)
+    return answer[0] if answer else f"{constants.ENDPOINT} did not answer in {_HUB_DEADLINE_SECONDS:.0f} s"
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint of this package; plain data only, so that loading never runs code.
+
+    Raises:
+        ModelError: It is not there, damaged, or not one of ours.
+    """
+    import pickle
+
+    import torch
+
+    if not Path(path).is_file():
+        raise ModelError(f"{path}: no such checkpoint")
+    try:
+        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
+        raise ModelError(f"{path}: cannot be read as a checkpoint ({str(error).splitlines()[0]})") from None
+    if CHECKPOINT_KEY not in checkpoint:
+        raise ModelError(f"{path}: holds no architecture and tokenizer; it was not saved by CausalLMModule")
+    return checkpoint
+
+
+def _load_checkpoint(path: Path) -> LoadedModel:
+    checkpoint = read_checkpoint(path)
+    tokenizer = tokenizer_from_state(checkpoint[CHECKPOINT_KEY]["tokenizer"])
+    network = network_from_config(json.loads(checkpoint[CHECKPOINT_KEY]["architecture"]))
+    network.load_state_dict(network_state(checkpoint))
+    return LoadedModel(network.eval(), tokenizer)
+
+
+def network_state(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """The network's own weights in a checkpoint, under the names that transformers gives them."""
+    state = checkpoint["state_dict"]
+    return {k.removeprefix(NETWORK_PREFIX): v for k, v in state.items() if k.startswith(NETWORK_PREFIX)}
+
+
+def read_config(folder: Path) -> PretrainedConfig:
+    """Read a transformers folder's config.
+
+    Raises:
+        ModelError: It is not one.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{folder}: config.json cannot be used ({str(error).strip().splitlines()[0]})") from None
+
+
+def scratch_config(architecture: Mapping[str, Any], *, vocab_size: int | None = None) -> PretrainedConfig:
+    """A GPT-2 config from an ``architecture``.
+
+    Args:
+        architecture: Settings of transformers' ``GPT2Config``, such as n_layer, n_head, n_embd, n_positions.
+        vocab_size: The tokenizer's, once it is known.
+
+    Raises:
+        ConfigError: A setting is unknown, contradicts the tokenizer, or the sizes do not fit each other.
+    """
+    from transformers import GPT2Config
+
+    known = {k for k in GPT2Config().to_dict() if not k.startswith("_")}
+    for key in architecture:
+        if key not in known or key == "model_type":
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else "see transformers' GPT2Config for the settings there are"
+            raise ConfigError(f"model.architecture has no setting {key!r}; {hint}")
+    asked = architecture.get("vocab_size")
+    if asked is not None and vocab_size is not None and asked < vocab_size:
+        raise ConfigError(f"model.architecture.vocab_size {asked} is less than the tokenizer's {vocab_size}; leave it out")
+    config = GPT2Config(**{**architecture, "vocab_size": asked or vocab_size or 0})
+    if config.n_embd % config.n_head:
+        raise ConfigError(f"model.architecture: n_embd {config.n_embd} is not a multiple of n_head {config.n_head}")
+    return config
+
+
+def build_network(
+    folder: Path, *, tokenizer: PreTrainedTokenizerFast, architecture: Mapping[str, Any] | None = None
+) -> PreTrainedModel:
+    """Load weights from a transformers folder and make room for the tokenizer's new tokens.
+
+    Args:
+        folder: Holds config.json and weights.
+        tokenizer: What the network will be fed.
+        architecture: What the user asked for; dropout may differ from the weights', nothing else.
+
+    Raises:
+        ConfigError: ``architecture`` contradicts the weights.
+        ModelError: The weights cannot be loaded.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = read_config(folder)
+    for key, value in (architecture or {}).items():
+        if key in _FREE_TO_CHANGE and hasattr(config, key):
+            setattr(config, key, value)
+        elif not hasattr(config, key) or getattr(config, key) != value:
+            there = getattr(config, key, "no such setting")
+            raise ConfigError(
+                f"model.architecture says {key}: {value}, but the weights of model.pretrained have {there}; "
+                "remove it, or set model.pretrained to null to start from scratch"
+            )
+    try:
+        network: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, local_files_only=True, dtype=torch.float32
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"{folder}: the weights cannot be loaded ({str(error).strip().splitlines()[0]})") from None
+    _fit_to_tokenizer(network, tokenizer)
+    return network
+
+
+def network_from_config(settings: Mapping[str, Any]) -> PreTrainedModel:
+    """A network with random weights from a full transformers config, as a checkpoint holds it."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings = dict(settings)
+    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    return AutoModelForCausalLM.from_config(config)
+
+
+def network_from_scratch(architecture: Mapping[str, Any], *, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    """A GPT-2 with random weights for a tokenizer.
+
+    Raises:
+        ConfigError: The architecture cannot be used.
+    """
+    from transformers import GPT2LMHeadModel
+
+    network = GPT2LMHeadModel(scratch_config(architecture, vocab_size=len(tokenizer)))
+    _fit_to_tokenizer(network, tokenizer)
+    return network
+
+
+def _fit_to_tokenizer(network: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    from lightning_chatgpt.chat.tokenizer import stop_token_ids
+
+    # Never shrink: some weights have more rows than their tokenizer has tokens.
+    if len(tokenizer) > network.get_input_embeddings().num_embeddings:
+        network.resize_token_embeddings(len(tokenizer))
+    for config in (network.config, network.generation_config):
+        if config is not None:
+            config.bos_token_id = tokenizer.bos_token_id
+            config.pad_token_id = tokenizer.pad_token_id
+    network.config.eos_token_id = tokenizer.eos_token_id
+    if network.generation_config is not None:
+        # Whoever loads the exported folder stops where we stop.
+        network.generation_config.eos_token_id = stop_token_ids(tokenizer)

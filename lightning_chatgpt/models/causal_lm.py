@@ -1,0 +1,267 @@
+"""CausalLMModule: a causal language model that learns to chat."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+from lightning_chatgpt.chat.tokenizer import load_tokenizer, token_byte_lengths, tokenizer_from_state, tokenizer_state
+from lightning_chatgpt.errors import ConfigError
+from lightning_chatgpt.generation.generate import generate_replies
+from lightning_chatgpt.metrics.perplexity import BitsPerByte, MeanLoss, Perplexity, TokenAccuracy
+from lightning_chatgpt.models import build
+from lightning_chatgpt.models.loss import token_losses
+from lightning_chatgpt.models.optim import Schedule, build_schedule, decay_groups
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+    from lightning_chatgpt.data.collate import Batch, PromptBatch
+
+Stage = Literal["val", "test"]
+
+
+class CausalLMModule(LightningModule):
+    """Wraps a causal language model of transformers: loss, metrics, optimizer, replies, checkpoints.
+
+    Logs ``train_loss``, ``val_loss`` (mean negative log-likelihood over supervised tokens, in nats), ``val_perplexity``,
+    ``val_token_accuracy`` and, for byte-level tokenizers, ``val_bits_per_byte``; the same with ``test_`` when testing.
+
+    The network is built when a Trainer has found the tokenizer (:meth:`configure_model`), or when a checkpoint is loaded.
+    A subclass changes how by overriding :meth:`build_network`, :meth:`build_optimizer` or :meth:`build_metrics`.
+
+    Args:
+        pretrained: Weights to start from: a hub name such as ``gpt2``, a transformers folder, a run folder, or
+            ``builtin:smalltalk``. null starts from scratch.
+        architecture: A GPT-2 to start from scratch with, as settings of transformers' ``GPT2Config`` (n_layer, n_head, n_embd,
+            n_positions, …). With ``pretrained``, only dropout (resid_pdrop, embd_pdrop, attn_pdrop) may be set.
+        learning_rate: The highest learning rate of AdamW.
+        weight_decay: How much matrices decay; biases and layer norms do not.
+        warmup_steps: Optimizer steps over which the learning rate grows to its highest.
+        schedule: How the learning rate goes on from there to the end of the run: cosine or linear down to 0, or constant.
+
+    Raises:
+        ConfigError: A setting is out of range, or there is nothing to start from.
+    """
+
+    def __init__(
+        self,
+        pretrained: str | None = None,
+        architecture: dict[str, Any] | None = None,
+        learning_rate: float = 5e-5,
+        weight_decay: float = 0.01,
+        warmup_steps: int = 0,
+        schedule: Schedule = "cosine",
+    ) -> None:
+        super().__init__()
+        if pretrained is None and architecture is None:
+            raise ConfigError(
+                "there is no model to start from; set model.pretrained (a hub name, a folder or builtin:smalltalk), "
+                "or model.architecture to start from scratch"
+            )
+        for name, value in (("learning_rate", learning_rate), ("weight_decay", weight_decay), ("warmup_steps", warmup_steps)):
+            if not (math.isfinite(value) and value >= 0):
+                raise ConfigError(f"model.{name} must be a finite number of at least 0, not {value}")
+        self.save_hyperparameters()
+        self.pretrained = pretrained
+        self.architecture = architecture
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.warmup_steps = warmup_steps
+        self.schedule: Schedule = schedule
+        self.tokenizer: PreTrainedTokenizerFast | None = None
+        self.network: PreTrainedModel
+        self.metrics = nn.ModuleDict()
+
+    # What a subclass may say in its own way.
+
+    def build_network(self, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+        """Build the network for a tokenizer: from weights, or from scratch."""
+        if self.pretrained is None:
+            return build.network_from_scratch(self.architecture or {}, tokenizer=tokenizer)
+        folder = build.find_pretrained(self.pretrained)
+        return build.build_network(folder, tokenizer=tokenizer, architecture=self.architecture)
+
+    def build_optimizer(self) -> Optimizer:
+        """Build the optimizer: AdamW, matrices decaying and vectors not."""
+        groups = decay_groups(self, weight_decay=self.weight_decay)
+        return AdamW(groups, lr=self.learning_rate, betas=(0.9, 0.95))
+
+    def build_metrics(self, tokenizer: PreTrainedTokenizerFast) -> nn.ModuleDict:
+        """Build the metrics of one stage, by the name they are logged under."""
+        metrics = {"loss": MeanLoss(), "perplexity": Perplexity(), "token_accuracy": TokenAccuracy()}
+        byte_lengths = token_byte_lengths(tokenizer)
+        if byte_lengths is not None:
+            metrics["bits_per_byte"] = BitsPerByte(byte_lengths)
+        return nn.ModuleDict(metrics)
+
+    # Tokenizer and network.
+
+    @property
+    def is_built(self) -> bool:
+        """Whether the network is there."""
+        return self.tokenizer is not None
+
+    def load_tokenizer(self) -> PreTrainedTokenizerFast | None:
+        """The tokenizer of the weights, before the network is built.
+
+        Returns: that of the network, of the checkpoint the Trainer is about to load, or of the pretrained weights; None
+            for a model from scratch, which takes whatever tokenizer the data has.
+        """
+        if self.tokenizer is not None:
+            return self.tokenizer
+        checkpoint = self._checkpoint_to_come()
+        if checkpoint is not None:
+            return tokenizer_from_state(checkpoint["tokenizer"])
+        return load_tokenizer(build.find_pretrained(self.pretrained)) if self.pretrained is not None else None
+
+    def max_positions(self) -> int:
+        """How many tokens an example may have at the most."""
+        if self.is_built:
+            config = self.network.config
+        elif (checkpoint := self._checkpoint_to_come()) is not None:
+            architecture = json.loads(checkpoint["architecture"])
+            return int(architecture.get("n_positions") or architecture["max_position_embeddings"])
+        elif self.pretrained is not None:
+            config = build.read_config(build.find_pretrained(self.pretrained))
+        else:
+            config = build.scratch_config(self.architecture or {})
+        return int(config.max_position_embeddings)
+
+    def configure_model(self) -> None:
+        """Build the network, once the Trainer's data module has its tokenizer. Called by Lightning."""
+        if self.is_built or self._trainer is None:
+            return  # without a Trainer this is load_from_checkpoint, which brings its own in on_load_checkpoint
+        checkpoint = self._checkpoint_to_come()
+        if checkpoint is not None:
+            self._build_from_checkpoint(checkpoint)
+            return
+        tokenizer = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None) or self.load_tokenizer()
+        if tokenizer is None:
+            raise ConfigError("a model from scratch needs a tokenizer; train with a ChatDataModule or a TextDataModule")
+        self._install(self.build_network(tokenizer), tokenizer)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what a checkpoint needs to stand alone: architecture and tokenizer, as plain text."""
+        assert self.tokenizer is not None
+        checkpoint[build.CHECKPOINT_KEY] = {
+            "architecture": json.dumps(json.loads(self.network.config.to_json_string(use_diff=False))),
+            "tokenizer": tokenizer_state(self.tokenizer),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Build the network that the checkpoint's weights fit."""
+        if not self.is_built:
+            self._build_from_checkpoint(checkpoint[build.CHECKPOINT_KEY])
+
+    def _build_from_checkpoint(self, saved: dict[str, Any]) -> None:
+        tokenizer = tokenizer_from_state(saved["tokenizer"])
+        self._install(build.network_from_config(json.loads(saved["architecture"])), tokenizer)
+
+    def _install(self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.tokenizer = tokenizer
+        self.network = network.train()  # from_pretrained leaves it in evaluation mode, with dropout off
+        self.metrics = nn.ModuleDict({stage: self.build_metrics(tokenizer) for stage in ("val", "test")})
+
+    def _checkpoint_to_come(self) -> dict[str, Any] | None:
+        path = getattr(self._trainer, "ckpt_path", None)
+        if path is None:
+            return None
+        saved: dict[str, Any] = build.read_checkpoint(path)[build.CHECKPOINT_KEY]
+        return saved
+
+    # Training and evaluation: one step for all.
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Score a batch and log ``train_loss``, in nats."""
+        losses = token_losses(self.network, batch)
+        loss = losses.mean()
+        self.log("train_loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Score a batch into the validation metrics."""
+        self._evaluation_step(batch, "val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Score a batch into the test metrics."""
+        self._evaluation_step(batch, "test")
+
+    def _evaluation_step(self, batch: Batch, stage: Stage) -> None:
+        losses = token_losses(self.network, batch)
+        metrics: Any = self.metrics[stage]
+        for name, metric in metrics.items():
+            if isinstance(metric, MeanLoss):
+                metric.update(losses.nll, losses.weights)
+            elif isinstance(metric, BitsPerByte):
+                metric.update(losses.nll, losses.targets)
+            else:
+                metric.update(losses.is_correct)
+            shown = name in ("loss", "perplexity")
+            self.log(f"{stage}_{name}", metric, prog_bar=shown, on_step=False, on_epoch=True, batch_size=1)
+
+    def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
+        """Answer a batch of prompts greedily.
+
+        Returns: for each conversation its index, id, prompt messages, reply, reference, token counts and finish reason.
+        """
+        assert self.tokenizer is not None
+        replies = generate_replies(
+            self.network, self.tokenizer, batch["prompt_ids"], max_new_tokens=batch["max_new_tokens"]
+        )
+        return [
+            {
+                "index": index,
+                "id": chat["id"],
+                "prompt": chat["prompt"],
+                "reply": reply.text,
+                "reference": chat["reference"],
+                "prompt_tokens": len(prompt_ids),
+                "completion_tokens": reply.n_tokens,
+                "finish_reason": reply.finish_reason,
+            }
+            for index, chat, prompt_ids, reply in zip(
+                batch["index"], batch["conversations"], batch["prompt_ids"], replies, strict=True
+            )
+        ]
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer, and the schedule stepped after each of its steps. Called by Lightning."""
+        optimizer = self.build_optimizer()
+        total_steps = self.trainer.estimated_stepping_batches
+        if self.warmup_steps and self.warmup_steps >= total_steps:
+            rank_zero_warn(
+                f"model.warmup_steps {self.warmup_steps} is not less than the run's {total_steps} optimizer steps: "
+                "the full learning rate is never held; lower it"
+            )
+        schedule = build_schedule(
+            optimizer, schedule=self.schedule, warmup_steps=self.warmup_steps, total_steps=total_steps
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def export(self, folder: str | Path, *, checkpoint: str | Path | None = None) -> Path:
+        """Write the network as a plain transformers folder.
+
+        Args:
+            folder: Where to.
+            checkpoint: Weights to take in place of the current ones, such as the best of the run.
+
+        Raises:
+            ModelError: The checkpoint cannot be read.
+        """
+        from lightning_chatgpt.models.export import export_folder
+
+        assert self.tokenizer is not None
+        network = build.load_model(checkpoint).network if checkpoint is not None else self.network
+        facts: dict[str, object] = {"Started from": self.pretrained or "scratch"}
+        metrics = self.trainer.callback_metrics if self._trainer is not None else {}
+        if checkpoint is None:
+            facts |= {name: f"{value:.4f}" for name, value in metrics.items() if name.startswith("val_")}
+        return export_folder(network, self.tokenizer, folder, facts=facts)

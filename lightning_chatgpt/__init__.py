@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_chatgpt.callbacks.checkpoint import RunCheckpoint
     from lightning_chatgpt.callbacks.export import HuggingFaceExport
     from lightning_chatgpt.callbacks.predictions import PredictionWriter
     from lightning_chatgpt.callbacks.samples import SampleGeneration
@@ -38,6 +39,7 @@ _ROOMS = {
     "Message": "chat.conversation",
     "Perplexity": "metrics.perplexity",
     "PredictionWriter": "callbacks.predictions",
+    "RunCheckpoint": "callbacks.checkpoint",
     "SampleGeneration": "callbacks.samples",
     "TextDataModule": "data.text",
     "TokenAccuracy": "metrics.perplexity",
@@ -56,6 +58,7 @@ __all__ = [  # noqa: RUF022 - sorted as _ROOMS is
     "Message",
     "Perplexity",
     "PredictionWriter",
+    "RunCheckpoint",
     "SampleGeneration",
     "TextDataModule",
     "TokenAccuracy",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import math
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -10,19 +13,20 @@ from typing import Any
 
 from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from transformers.utils import logging as transformers_logging
 
+from lightning_chatgpt.callbacks.checkpoint import RunCheckpoint
 from lightning_chatgpt.callbacks.export import HuggingFaceExport
 from lightning_chatgpt.callbacks.predictions import PredictionWriter
 from lightning_chatgpt.callbacks.samples import SampleGeneration
 from lightning_chatgpt.callbacks.throughput import TokenThroughput
-from lightning_chatgpt.configuration import check_keys, resolve_arguments
+from lightning_chatgpt.configuration import check_keys, one_line, resolve_arguments
 from lightning_chatgpt.data.chat import ChatDataModule
-from lightning_chatgpt.errors import ConfigError, ModelError
+from lightning_chatgpt.errors import ConfigError
 from lightning_chatgpt.models.causal_lm import CausalLMModule
 
 _RUN_FILES = ("config.yaml", "metrics.csv", "samples.jsonl", "checkpoints", "hf", "tensorboard", "plots")
@@ -34,10 +38,7 @@ class ChatArgumentParser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
         """Print the line that tells most, and leave."""
-        lines = [line.strip(" -") for line in message.splitlines() if line.strip()]
-        detail = [line for line in lines[1:] if not line.startswith(("Problem with", "Expected a <class 'NoneType'>"))]
-        text = lines[0] if not detail else f"{lines[0]} {detail[-1]}"
-        sys.stderr.write(f"error: {text}\n")
+        sys.stderr.write(f"error: {one_line(message)}\n")
         self.exit(2)
 
 
@@ -53,7 +54,9 @@ class RunFolder(SaveConfigCallback):
         folder = Path(config["trainer"]["default_root_dir"])
         self.to_remove = _run_files(folder) if config["overwrite"] else []
         config = config.clone()
-        config["overwrite"] = False  # the saved config, run again, must not remove what it made
+        # The saved config serves every verb, and must not remove what it made, or go on with it, when it is run again.
+        del config["overwrite"]
+        config["ckpt_path"] = None
         super().__init__(parser, config, overwrite=True, save_to_log_dir=False)
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -70,7 +73,7 @@ class ChatCLI(LightningCLI):
 
     The model is a :class:`CausalLMModule` and the data a :class:`ChatDataModule`, whose settings are flat keys
     (``model: {learning_rate: 1e-4}``), unless a ``class_path`` names another. Callbacks stand in groups of their own:
-    checkpoint, samples, predictions, export, throughput, learning_rate.
+    checkpoint, samples, predictions, export, throughput.
 
     Args:
         arguments: The command line, from the verb on.
@@ -94,23 +97,14 @@ class ChatCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the callback groups and our defaults."""
         for cls, name in (
-            (ModelCheckpoint, "checkpoint"),
+            (RunCheckpoint, "checkpoint"),
             (SampleGeneration, "samples"),
             (PredictionWriter, "predictions"),
             (HuggingFaceExport, "export"),
             (TokenThroughput, "throughput"),
-            (LearningRateMonitor, "learning_rate"),
         ):
             parser.add_lightning_class_args(cls, name)
-        parser.set_defaults(
-            {
-                "checkpoint.monitor": "val_loss",
-                "checkpoint.save_last": True,
-                "checkpoint.filename": "{epoch}-{step}-{val_loss:.3f}",
-                "learning_rate.logging_interval": "step",
-                **{name: {"class_path": f"lightning_chatgpt.{cls.__name__}"} for name, cls in _CLASSES.items()},
-            }
-        )
+        parser.set_defaults({name: {"class_path": f"lightning_chatgpt.{cls.__name__}"} for name, cls in _CLASSES.items()})
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
@@ -124,7 +118,8 @@ class ChatCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Check every key, then parse."""
         verb, *rest = self.arguments
-        known = {action.dest for action in self._subcommand_parsers[verb]._actions} | {"help", "print_config"}
+        actions = self._subcommand_parsers[verb]._actions
+        known = {action.dest for action in actions if not action.dest.endswith(".help")} | {"help", "print_config"}
         check_keys(rest, self.configs, known=known - set(_CLASSES), classes=dict(_CLASSES))
         with warnings.catch_warnings():
             # LightningCLI thinks that whoever hands it arguments forgot about sys.argv; these are sys.argv's own.
@@ -135,21 +130,25 @@ class ChatCLI(LightningCLI):
         """Leave the settings as they were given: Lightning would let a checkpoint's beat the command line, unsaid."""
 
     def before_instantiate_classes(self) -> None:
-        """Refuse a run folder that holds a run, before anything else is done."""
-        if self.subcommand != "fit":
-            return
+        """Find the checkpoint, and refuse a run folder that holds a run, before anything else is done."""
         config = self.config[self.subcommand]
         folder = Path(config["trainer"]["default_root_dir"])
+        if config["ckpt_path"] is not None:
+            config["ckpt_path"] = str(_find_checkpoint(config["ckpt_path"], folder))
         taken = _run_files(folder)
-        is_first_process = rank_zero_only.rank in (0, None)
-        if taken and is_first_process and not config["overwrite"] and not config["ckpt_path"]:
+        if self.subcommand != "fit" or not taken or config["overwrite"] or rank_zero_only.rank:
+            return
+        if config["ckpt_path"] is None:
             raise ConfigError(
-                f"{folder} holds an earlier run ({taken[0].name}); go on with it by --ckpt_path last, remove it by --overwrite true, "
-                "or name another trainer.default_root_dir"
+                f"{folder} holds an earlier run ({taken[0].name}); go on with it by --ckpt_path last, "
+                "remove it by --overwrite true, or name another trainer.default_root_dir"
             )
+        if (folder / "metrics.csv").is_file():  # Lightning's logger would begin it anew
+            n_earlier = len(list(folder.glob("metrics.*.csv")))
+            (folder / "metrics.csv").rename(folder / f"metrics.{n_earlier + 1}.csv")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Add the run folder's loggers, and leave out callbacks that could not work."""
+        """Add the run folder's loggers."""
         config = self._get(self.config_init, "trainer")
         folder = config["default_root_dir"]
         if config["logger"] in (None, True):
@@ -158,13 +157,7 @@ class ChatCLI(LightningCLI):
                 CSVLogger(folder, name="", version=""),
                 TensorBoardLogger(folder, name="tensorboard", version=""),
             ] if self.subcommand == "fit" else False  # fmt: skip
-        if not kwargs.get("logger", config["logger"]) or config["fast_dev_run"]:
-            self._parser(self.subcommand).callback_keys.remove("learning_rate")  # it has nowhere to log to
-        checkpoint: ModelCheckpoint = self._get(self.config_init, "checkpoint")
-        if getattr(self.datamodule, "validation", True) in (None, 0) and checkpoint.monitor == "val_loss":
-            checkpoint.monitor, checkpoint.filename = None, "{epoch}-{step}"  # nothing to compare by: keep the latest
-        trainer = super().instantiate_trainer(**kwargs)
-        return trainer
+        return super().instantiate_trainer(**kwargs)
 
 
 def run_trainer_verb(arguments: Sequence[str]) -> None:
@@ -187,10 +180,36 @@ def run_trainer_verb(arguments: Sequence[str]) -> None:
 
 
 def _quieten() -> None:
-    """Leave out warnings that a user can do nothing about."""
-    for message in (".*does not have many workers.*", ".*Checkpoint directory .* exists and is not empty.*",
-                    ".*Experiment logs directory .* exists and is not empty.*"):  # fmt: skip
+    """Leave out what a user can do nothing about: some warnings, an advertisement, and bars for a moment's work."""
+    for message in (
+        ".*does not have many workers.*",
+        ".*Checkpoint directory .* exists and is not empty.*",
+        ".*Experiment logs directory .* exists and is not empty.*",
+        ".*isinstance.treespec, LeafSpec.* is deprecated.*",
+    ):
         warnings.filterwarnings("ignore", message=message)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.getMessage())
+    transformers_logging.disable_progress_bar()
+
+
+def _find_checkpoint(name: str, folder: Path) -> Path:
+    """The checkpoint file; ``last`` and ``best`` are looked for in the run folder."""
+    checkpoints = folder / "checkpoints"
+    if name == "last":
+        path = checkpoints / "last.ckpt"
+    elif name == "best":
+        others = [p for p in checkpoints.glob("*.ckpt") if p.name != "last.ckpt"]
+        path = min(others, key=_val_loss, default=checkpoints / "best.ckpt")
+    else:
+        path = Path(name)
+    if not path.is_file():
+        raise ConfigError(f"ckpt_path {name}: there is no {path}; name a .ckpt file, or leave it out to start anew")
+    return path
+
+
+def _val_loss(path: Path) -> float:
+    found = re.search(r"val_loss=([0-9.]+)", path.stem)
+    return float(found[1]) if found else math.inf
 
 
 def _run_files(folder: Path) -> list[Path]:

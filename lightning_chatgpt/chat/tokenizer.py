@@ -69,9 +69,8 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
 def add_chat_tokens(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
     """Add the control tokens that are missing, set the template, and give padding a token; changes ``tokenizer``."""
     # special=True: only special tokens are left alone by split_special_tokens, which keeps a user's text harmless.
-    missing = [token for token in (START_TOKEN, END_TOKEN) if token not in tokenizer.get_vocab()]
-    if missing:
-        tokenizer.add_special_tokens({"additional_special_tokens": missing}, replace_additional_special_tokens=False)
+    # Said of tokens that are there already too: a control token in the vocabulary is not yet known as one.
+    tokenizer.add_special_tokens({"extra_special_tokens": [START_TOKEN, END_TOKEN]}, replace_extra_special_tokens=False)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or END_TOKEN
     tokenizer.chat_template = CHATML_JINJA

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import TYPE_CHECKING
 
@@ -35,8 +34,6 @@ def chat(
         top_p: Samples among the most likely tokens that together have this probability.
         seed: Makes sampling repeatable.
     """
-    # A network for a chat is small: no progress bars in between the lines of a conversation.
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from transformers.utils import logging
 
     from lightning_chatgpt.generation.generate import check_sampling

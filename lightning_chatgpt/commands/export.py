@@ -18,9 +18,12 @@ def export(model: str, output: str, overwrite: bool = False) -> None:
     folder = Path(output)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not overwrite:
         raise ConfigError(f"{output}: is not empty; name another folder, or add --overwrite true")
+    from transformers.utils import logging
+
     from lightning_chatgpt.models.build import load_model
     from lightning_chatgpt.models.export import export_folder
 
+    logging.disable_progress_bar()
     network, tokenizer = load_model(model)
     export_folder(network, tokenizer, folder, facts={"Exported from": model})
     print(f"{model} written to {folder}; talk to it: python -m lightning_chatgpt chat {folder}")

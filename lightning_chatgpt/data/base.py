@@ -43,8 +43,8 @@ class TokenDataModule(LightningDataModule, Generic[Item]):
     def __init__(
         self,
         train: Sources | None = None,
-        validation: Sources | float | None = 0.05,
-        test: Sources | float | None = None,
+        validation: float | Sources | None = 0.05,
+        test: float | Sources | None = None,
         tokenizer: str | None = None,
         vocab_size: int = 8192,
         batch_size: int = 8,
@@ -92,10 +92,10 @@ class TokenDataModule(LightningDataModule, Generic[Item]):
 
     def setup(self, stage: str) -> None:
         """Read, split and encode what the stage needs. Each process does so for itself and comes to the same."""
+        self.max_length = self._check_max_length()
         parts = self.load_items(stage)
         if self.tokenizer is None:
             self.tokenizer = self.build_tokenizer(parts.get("train", []))
-        self.max_length = self._check_max_length()
         for part, items in parts.items():
             if part not in self.datasets:
                 self.datasets[part] = self._to_dataset(part, items)
@@ -131,7 +131,7 @@ class TokenDataModule(LightningDataModule, Generic[Item]):
         Returns: items of the parts ``train``, ``validation`` and ``test``, as far as the stage needs them.
         """
         wanted = {"fit": ["train", "validation"], "validate": ["validation"], "test": ["test"]}.get(stage, [])
-        settings: dict[str, Sources | float | None] = {"validation": self.validation, "test": self.test}
+        settings: dict[str, float | Sources | None] = {"validation": self.validation, "test": self.test}
         fractions = {part: value for part, value in settings.items() if isinstance(value, (int, float))}
         parts: dict[str, list[Item]] = {}
         if "train" in wanted or any(fractions.get(part) for part in wanted):

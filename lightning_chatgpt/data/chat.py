@@ -47,8 +47,8 @@ class ChatDataModule(TokenDataModule[Conversation]):
     def __init__(
         self,
         train: Sources | None = None,
-        validation: Sources | float | None = 0.05,
-        test: Sources | float | None = None,
+        validation: float | Sources | None = 0.05,
+        test: float | Sources | None = None,
         predict: Sources | None = None,
         tokenizer: str | None = None,
         vocab_size: int = 8192,

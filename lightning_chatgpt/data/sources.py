@@ -24,9 +24,9 @@ def read_conversations(source: str) -> Iterator[Conversation]:
     """Read conversations from one source.
 
     Args:
-        source: A JSONL file, a folder or glob of them (``**`` descends), ``corpus:chatterbot/LANGUAGE``, or
-            ``corpus:chitchat`` (add ``/first``, ``/second`` or ``/both`` for who is taken as the assistant; second
-            is the default).
+        source: A JSONL file, a folder or glob of them (``**`` descends), ``corpus:chatterbot/LANGUAGE`` (exact repeats are
+            read once), or ``corpus:chitchat`` (add ``/first``, ``/second`` or ``/both`` for who is taken as the
+            assistant; second is the default).
 
     Raises:
         DataError: There is no such source, or a record in it cannot be used (``file:line: what``).
@@ -145,14 +145,17 @@ def _read_chatterbot(language: str) -> Iterator[Conversation]:
     if language not in languages:
         raise DataError(f"corpus:chatterbot/{language} is unknown; the languages are {', '.join(languages)}")
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    seen: set[tuple[str, ...]] = set()
     for path in sorted((folder / language).glob("*.yml")):
         records = yaml.load(path.read_text(encoding="utf-8"), Loader=loader)["conversations"]
         for number, lines in enumerate(records, start=1):
             # A question and its answer, or a dialogue; some lines are numbers or yes/no as YAML reads them.
             lines = [str(line).strip() for line in lines if line is not None]
             lines = [line for line in lines if line]
-            if len(lines) < 2:
+            # Some files repeat one exchange a hundred times over.
+            if len(lines) < 2 or tuple(lines) in seen:
                 continue
+            seen.add(tuple(lines))
             roles = ("user", "assistant")
             messages = tuple(Message(roles[i % 2], line) for i, line in enumerate(lines))
             # Answers to one question stay together, so that no validation question was trained on.

@@ -10,7 +10,7 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lightning_chatgpt.chat.tokenizer import load_tokenizer, tokenizer_from_state
+from lightning_chatgpt.chat.tokenizer import load_tokenizer, stop_token_ids, tokenizer_from_state
 from lightning_chatgpt.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 def _load_checkpoint(path: Path) -> LoadedModel:
     checkpoint = read_checkpoint(path)
     tokenizer = tokenizer_from_state(checkpoint[CHECKPOINT_KEY]["tokenizer"])
-    network = network_from_config(json.loads(checkpoint[CHECKPOINT_KEY]["architecture"]))
+    network = network_from_config(json.loads(checkpoint[CHECKPOINT_KEY]["architecture"]), tokenizer=tokenizer)
     network.load_state_dict(network_state(checkpoint))
     return LoadedModel(network.eval(), tokenizer)
 
@@ -217,7 +217,9 @@ def scratch_config(architecture: Mapping[str, Any], *, vocab_size: int | None = 
     asked = architecture.get("vocab_size")
     if asked is not None and vocab_size is not None and asked < vocab_size:
         raise ConfigError(f"model.architecture.vocab_size {asked} is less than the tokenizer's {vocab_size}; leave it out")
-    config = GPT2Config(**{**architecture, "vocab_size": asked or vocab_size or 0})
+    # GPT-2's own control tokens are beyond a smaller vocabulary; the tokenizer's are set when there is one.
+    own = {"bos_token_id": None, "eos_token_id": None, "vocab_size": vocab_size or 0}
+    config = GPT2Config(**{**own, **architecture})
     if config.n_embd % config.n_head:
         raise ConfigError(f"model.architecture: n_embd {config.n_embd} is not a multiple of n_head {config.n_head}")
     return config
@@ -260,13 +262,15 @@ def build_network(
     return network
 
 
-def network_from_config(settings: Mapping[str, Any]) -> PreTrainedModel:
+def network_from_config(settings: Mapping[str, Any], *, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
     """A network with random weights from a full transformers config, as a checkpoint holds it."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     settings = dict(settings)
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
-    return AutoModelForCausalLM.from_config(config)
+    network: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    _fit_to_tokenizer(network, tokenizer)
+    return network
 
 
 def network_from_scratch(architecture: Mapping[str, Any], *, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
@@ -283,16 +287,16 @@ def network_from_scratch(architecture: Mapping[str, Any], *, tokenizer: PreTrain
 
 
 def _fit_to_tokenizer(network: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
-    from lightning_chatgpt.chat.tokenizer import stop_token_ids
+    from transformers import GenerationConfig
 
     # Never shrink: some weights have more rows than their tokenizer has tokens.
     if len(tokenizer) > network.get_input_embeddings().num_embeddings:
         network.resize_token_embeddings(len(tokenizer))
-    for config in (network.config, network.generation_config):
-        if config is not None:
-            config.bos_token_id = tokenizer.bos_token_id
-            config.pad_token_id = tokenizer.pad_token_id
+    network.config.bos_token_id = tokenizer.bos_token_id
     network.config.eos_token_id = tokenizer.eos_token_id
-    if network.generation_config is not None:
-        # Whoever loads the exported folder stops where we stop.
-        network.generation_config.eos_token_id = stop_token_ids(tokenizer)
+    # Whoever loads the exported folder stops where we stop.
+    network.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=stop_token_ids(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+    )

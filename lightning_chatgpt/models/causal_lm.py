@@ -31,7 +31,7 @@ Stage = Literal["val", "test"]
 class CausalLMModule(LightningModule):
     """Wraps a causal language model of transformers: loss, metrics, optimizer, replies, checkpoints.
 
-    Logs ``train_loss``, ``val_loss`` (mean negative log-likelihood over supervised tokens, in nats), ``val_perplexity``,
+    Logs ``train_loss``, ``learning_rate``, ``val_loss`` (mean negative log-likelihood over supervised tokens, in nats), ``val_perplexity``,
     ``val_token_accuracy`` and, for byte-level tokenizers, ``val_bits_per_byte``; the same with ``test_`` when testing.
 
     The network is built when a Trainer has found the tokenizer (:meth:`configure_model`), or when a checkpoint is loaded.
@@ -163,7 +163,8 @@ class CausalLMModule(LightningModule):
 
     def _build_from_checkpoint(self, saved: dict[str, Any]) -> None:
         tokenizer = tokenizer_from_state(saved["tokenizer"])
-        self._install(build.network_from_config(json.loads(saved["architecture"])), tokenizer)
+        network = build.network_from_config(json.loads(saved["architecture"]), tokenizer=tokenizer)
+        self._install(network, tokenizer)
 
     def _install(self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
         self.tokenizer = tokenizer
@@ -180,10 +181,11 @@ class CausalLMModule(LightningModule):
     # Training and evaluation: one step for all.
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Score a batch and log ``train_loss``, in nats."""
+        """Score a batch; log ``train_loss``, in nats, and the learning rate it was taken with."""
         losses = token_losses(self.network, batch)
         loss = losses.mean()
         self.log("train_loss", loss, prog_bar=True)
+        self.log("learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:

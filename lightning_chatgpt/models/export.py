@@ -54,7 +54,7 @@ def export_folder(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    network.save_pretrained(folder)
+    network.save_pretrained(folder, max_shard_size="5GB")
     tokenizer.save_pretrained(folder)
     n_parameters = sum(p.numel() for p in network.parameters())
     told = {"Parameters": f"{n_parameters:,}", "Vocabulary": len(tokenizer), **(facts or {})}

@@ -49,6 +49,10 @@ class _Turn:
     def __len__(self) -> int:
         return sum(len(piece.ids) for piece in self.pieces)
 
+    @property
+    def is_learnt(self) -> bool:
+        return any(piece.weight for piece in self.pieces)
+
 
 def encode_conversations(
     conversations: Sequence[Conversation],
@@ -79,6 +83,9 @@ def encode_conversations(
         turns = iter(_encode_turns(written, tokenizer))
         for chat in chats:
             chat_turns = [next(turns) for _ in chat.messages]
+            # What comes after the last word that is learnt teaches nothing, and would push out what does.
+            while len(chat_turns) > 1 and not chat_turns[-1].is_learnt and sum(map(len, chat_turns)) > max_length:
+                chat_turns.pop()
             windows = _fit(chat_turns, max_length=max_length, truncation=truncation)
             yield [_to_example(window) for window in windows]
 

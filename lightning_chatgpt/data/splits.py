@@ -43,14 +43,15 @@ def split(items: Sequence[T], keys: Sequence[str], *, validation: float, test: f
     places = {key: position(key) for key in keys}
     parts = {key: _part(place, validation, test) for key, place in places.items()}
     for part, fraction in (("test", test), ("validation", validation)):
-        if fraction and part not in parts.values():
-            candidates = [key for key in parts if parts[key] == "train"]
-            if len(candidates) < 2:
-                raise DataError(
-                    f"{len(places)} different conversation(s) are too few to hold out data.{part} {fraction} of them; "
-                    f"add more, name a file as data.{part}, or set it to null"
-                )
+        candidates = [key for key in parts if parts[key] == "train"]
+        if fraction and part not in parts.values() and len(candidates) > 1:
             parts[min(candidates, key=places.__getitem__)] = part
+    for part, fraction in (("train", 1.0), ("validation", validation), ("test", test)):
+        if fraction and part not in parts.values():
+            raise DataError(
+                f"{len(places)} different conversation(s) are too few to split: nothing is left for {part}; "
+                "add more, name files as data.validation and data.test, or set them to null"
+            )
     chosen: dict[str, list[T]] = {"train": [], "validation": [], "test": []}
     for item, key in zip(items, keys, strict=True):
         chosen[parts[key]].append(item)

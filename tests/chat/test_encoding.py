@@ -76,7 +76,7 @@ def test_a_prompt_is_a_prefix_of_the_full_text(chats: list, tokenizer: PreTraine
 
 def test_drop_oldest_keeps_the_system_message_and_the_latest_exchanges(byte_tokenizer: PreTrainedTokenizerFast) -> None:
     conversation = chat("one", "1", "two", "2", "three", "3", system="S")
-    ((example,),) = encode_conversations([conversation], tokenizer=byte_tokenizer, max_length=70)
+    ((example,),) = encode_conversations([conversation], tokenizer=byte_tokenizer, max_length=60)
     kept = chat("three", "3", system="S")
     ((expected,),) = encode_conversations([kept], tokenizer=byte_tokenizer, max_length=10**6)
     assert example == expected

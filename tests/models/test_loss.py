@@ -1,0 +1,104 @@
+"""The loss: against transformers' own, and against a plain float64 loop on real conversations."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from lightning_chatgpt import CausalLMModule, ChatDataModule
+from lightning_chatgpt.chat.encoding import Example, encode_conversations
+from lightning_chatgpt.data.collate import collate
+from lightning_chatgpt.models.loss import token_losses
+from tests.conftest import ARCHITECTURE, trainer
+
+
+def network(vocab_size: int = 600) -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(**ARCHITECTURE, vocab_size=vocab_size, bos_token_id=0, eos_token_id=0)).eval()
+
+
+def test_equals_transformers_own_loss(chats: list, tokenizer: PreTrainedTokenizerFast) -> None:
+    examples = [e for es in encode_conversations(chats[:9], tokenizer=tokenizer, max_length=128) for e in es]
+    batch = collate(examples, pad_token_id=tokenizer.pad_token_id)
+    model = network()
+    ours = token_losses(model, batch)
+    theirs = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["labels"])
+    assert ours.mean().item() == pytest.approx(theirs.loss.item(), rel=1e-6)
+    shifted = batch["labels"][:, 1:]
+    right = theirs.logits[:, :-1].argmax(-1) == shifted
+    assert ours.is_correct.sum() == right[shifted != -100].sum()
+    assert ours.targets.tolist() == shifted[shifted != -100].tolist()
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_padding_changes_nothing(family: str) -> None:
+    """Any causal model of transformers will do, and right padding is never looked at."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = network() if family == "gpt2" else LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=600)).eval()
+    short, long = Example([5, 6, 7, 8], [0.0, 1.0, 1.0, 1.0]), Example(list(range(10, 50)), [1.0] * 40)
+    alone = token_losses(model, collate([short], pad_token_id=0))
+    together = token_losses(model, collate([short, long], pad_token_id=0))
+    assert torch.allclose(alone.nll, together.nll[:3], rtol=1e-5)
+
+
+def test_weights_multiply_and_the_first_token_is_never_scored() -> None:
+    batch = collate([Example([5, 6, 7], [1.0, 2.0, 0.5])], pad_token_id=0)
+    losses = token_losses(network(), batch)
+    assert losses.targets.tolist() == [6, 7]
+    assert losses.weights.tolist() == [2.0, 0.5]
+    a, b = losses.nll.tolist()
+    assert losses.mean().item() == pytest.approx((2 * a + 0.5 * b) / 2.5, rel=1e-6)
+
+
+def test_nothing_supervised_gives_zero_not_nan() -> None:
+    batch = collate([Example([5, 6, 7], [1.0, 0.0, 0.0])], pad_token_id=0)
+    model = network()
+    loss = token_losses(model, batch).mean()
+    loss.backward()
+    assert loss.item() == 0.0
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_val_loss_equals_a_float64_loop_on_50_real_conversations(
+    batch_size: int, chats: list, tokenizer: PreTrainedTokenizerFast, plain_gpt2: Path, tmp_path: Path
+) -> None:
+    source = tmp_path / "chats.jsonl"
+    chosen = [c for c in chats if sum(len(m.content) for m in c.messages) < 200][:50]
+    source.write_text("".join(json.dumps(c.to_dict()) + "\n" for c in chosen))
+    module = CausalLMModule(pretrained=str(plain_gpt2))
+    data = ChatDataModule(validation=str(source), batch_size=batch_size)
+    (logged,) = trainer(tmp_path).validate(module, data, verbose=False)
+
+    assert data.tokenizer is not None
+    model = copy.deepcopy(module.network).double().eval()
+    nll, n_tokens, n_bytes = 0.0, 0, 0
+    for conversation in chosen:
+        # The text is tokenized by transformers' own template; the mask is found by looking for the markers.
+        messages = conversation.to_dict()["messages"]
+        ids = data.tokenizer.apply_chat_template(messages, return_dict=False)
+        header = data.tokenizer("assistant\n")["input_ids"]
+        start, end = data.tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+        with torch.no_grad():
+            log_probabilities = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+        is_learnt = False
+        for t in range(1, len(ids)):
+            if is_learnt:
+                nll -= log_probabilities[t - 1, ids[t]].item()
+                n_tokens += 1
+            if ids[t] == end:
+                is_learnt = False
+            elif ids[max(0, t - len(header)) : t + 1] == [start, *header]:
+                is_learnt = True
+        n_bytes += sum(len(m.content.encode()) for m in conversation.messages if m.role == "assistant")
+    assert n_tokens > 300
+    assert logged["val_loss"] == pytest.approx(nll / n_tokens, rel=1e-6)
+    assert logged["val_perplexity"] == pytest.approx(math.exp(nll / n_tokens), rel=1e-5)
+    assert logged["val_bits_per_byte"] == pytest.approx(nll / math.log(2) / n_bytes, rel=1e-6)

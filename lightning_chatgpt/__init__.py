@@ -48,7 +48,7 @@ _ROOMS = {
     "load_model": "models.build",
 }
 
-__all__ = [  # noqa: RUF022 - sorted as _ROOMS is
+__all__ = [
     "BitsPerByte",
     "CausalLMModule",
     "ChatCLI",

@@ -73,9 +73,7 @@ def resolve_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     return resolved, configs
 
 
-def check_keys(
-    arguments: Sequence[str], configs: Sequence[str], *, known: Collection[str], classes: dict[str, type]
-) -> None:
+def check_keys(arguments: Sequence[str], configs: Sequence[str], *, known: Collection[str], classes: dict[str, type]) -> None:
     """Refuse keys that no setting has, and name the nearest that one has.
 
     Args:
@@ -117,9 +115,7 @@ def _is_known(name: str, settings: Collection[str]) -> bool:
         return True
     # Below a setting that is itself a mapping or a class, such as model.architecture.n_layer, is the setting's own affair.
     parents = [name[:i] for i, letter in enumerate(name) if letter == "."]
-    return any(
-        parent in settings and not any(setting.startswith(f"{parent}.") for setting in settings) for parent in parents
-    )
+    return any(parent in settings and not any(setting.startswith(f"{parent}.") for setting in settings) for parent in parents)
 
 
 def _config_keys(config: str) -> Iterator[tuple[Key, Any]]:
@@ -173,7 +169,7 @@ def _init_parameters(cls: type) -> set[str]:
 
 
 def one_line(message: str) -> str:
-    """jsonargparse's error, as one line: the key, what it takes, and what it was given."""
+    """Jsonargparse's error, as one line: the key, what it takes, and what it was given."""
     key = re.search(r'Parser key "([^"]+)"', message)
     plain = re.search(r"Expected an? (.+?)\. Got value: (.*)", message)
     union = re.search(r"Subtypes: \[(.*)\]", message)

@@ -64,9 +64,7 @@ class SampleGeneration(Callback):
         self.filename = filename
         self._last_step = -1
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Sample every ``every_n_steps`` optimizer steps."""
         if self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
             self._sample(trainer, pl_module)
@@ -96,9 +94,7 @@ class SampleGeneration(Callback):
         room = max_positions(pl_module.network) - self.max_new_tokens
         chats = [Conversation((Message("user", prompt),)) for prompt in self.prompts]
         prompt_ids = [encode_prompt(chat, tokenizer=pl_module.tokenizer, max_length=room) for chat in chats]
-        return generate_replies(
-            pl_module.network, pl_module.tokenizer, prompt_ids, max_new_tokens=self.max_new_tokens, **self.sampling
-        )
+        return generate_replies(pl_module.network, pl_module.tokenizer, prompt_ids, max_new_tokens=self.max_new_tokens, **self.sampling)
 
     @rank_zero_only
     def _report(self, trainer: Trainer, replies: Sequence[Reply]) -> None:
@@ -114,7 +110,7 @@ class SampleGeneration(Callback):
         rows = [[prompt, reply.text] for prompt, reply in zip(self.prompts, replies, strict=True)]
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                table = "\n".join(["| prompt | reply |", "| --- | --- |", *(f"| {p} | {_one_line(r)} |" for p, r in rows)])
+                table = "\n".join(["| prompt | reply |", "| --- | --- |", *(f"| {_one_line(p)} | {_one_line(r)} |" for p, r in rows)])
                 logger.experiment.add_text("samples", table, global_step=step)
             elif hasattr(logger, "log_text"):  # Weights & Biases and others of its kind
                 logger.log_text("samples", columns=["prompt", "reply"], data=rows, step=step)

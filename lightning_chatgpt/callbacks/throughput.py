@@ -30,9 +30,7 @@ class TokenThroughput(ThroughputMonitor):
         super().__init__(batch_size_fn=_n_rows, length_fn=_n_tokens, window_size=window_size)
         self._module_has_flops = False  # or Lightning warns that it cannot count them
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *args: Any
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *args: Any) -> None:
         """Count a batch and log the speed once the window is full."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, *args)
         if trainer.is_global_zero:

@@ -40,8 +40,7 @@ class Message:
             self.content.encode("utf-8")
         except UnicodeEncodeError as error:
             raise DataError(
-                f"content holds half a character ({self.content[error.start]!r} at {error.start}); "
-                "write the text as valid UTF-8"
+                f"content holds half a character ({self.content[error.start]!r} at {error.start}); write the text as valid UTF-8"
             ) from None
         is_number = isinstance(self.weight, (int, float)) and not isinstance(self.weight, bool)
         if not is_number or not math.isfinite(self.weight) or self.weight < 0:

@@ -77,9 +77,7 @@ def encode_conversations(
     """
     for start in range(0, len(conversations), _CHATS_AT_ONCE):
         chats = conversations[start : start + _CHATS_AT_ONCE]
-        written = [
-            (message.role, message_segments(message, supervise=supervise)) for chat in chats for message in chat.messages
-        ]
+        written = [(message.role, message_segments(message, supervise=supervise)) for chat in chats for message in chat.messages]
         turns = iter(_encode_turns(written, tokenizer))
         for chat in chats:
             chat_turns = [next(turns) for _ in chat.messages]
@@ -106,14 +104,10 @@ def encode_prompt(conversation: Conversation, *, tokenizer: PreTrainedTokenizerF
     return _to_example([*window, opening]).input_ids
 
 
-def _encode_turns(
-    written: Sequence[tuple[str, list[Segment]]], tokenizer: PreTrainedTokenizerFast
-) -> list[_Turn]:
+def _encode_turns(written: Sequence[tuple[str, list[Segment]]], tokenizer: PreTrainedTokenizerFast) -> list[_Turn]:
     texts = list({s.text: None for _, segments in written for s in segments if not s.is_control and s.text})
     encoded = (
-        tokenizer(texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False)["input_ids"]
-        if texts
-        else []
+        tokenizer(texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False)["input_ids"] if texts else []
     )
     ids_of_text = dict(zip(texts, encoded, strict=True))
     ids_of_text[""] = []
@@ -168,9 +162,7 @@ def _shorten(turns: list[_Turn], *, max_length: int) -> list[_Turn]:
         pieces = (piece for turn in turns for piece in turn.pieces if piece.is_content)
         longest = max(pieces, key=lambda piece: len(piece.ids), default=None)
         if longest is None or len(longest.ids) < 2:
-            raise DataError(
-                f"max_length {max_length + excess} is too short for a message's own markers or the system message; raise it"
-            )
+            raise DataError(f"max_length {max_length + excess} is too short for a message's own markers or the system message; raise it")
         n_kept = max(len(longest.ids) - excess, len(longest.ids) // 2)
         excess -= len(longest.ids) - n_kept
         n_head = (n_kept + 1) // 2

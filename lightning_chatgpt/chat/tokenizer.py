@@ -116,6 +116,4 @@ def _wrap(tokenizer_json: str, special_tokens: dict[str, str]) -> PreTrainedToke
     # Truncation and padding are ours to do; a saved tokenizer may still carry both.
     backend.no_truncation()
     backend.no_padding()
-    return add_chat_tokens(
-        PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **special_tokens)
-    )
+    return add_chat_tokens(PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **special_tokens))

@@ -85,7 +85,5 @@ def _answer(loaded: LoadedModel, messages: list[Message], max_new_tokens: int, s
         raise ConfigError(f"max_new_tokens {max_new_tokens} leaves no room for a prompt in {max_positions(network)} positions")
     prompt_ids = encode_prompt(Conversation(tuple(messages)), tokenizer=tokenizer, max_length=room)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    (reply,) = generate_replies(
-        network, tokenizer, [prompt_ids], max_new_tokens=max_new_tokens, streamer=streamer, **sampling
-    )
+    (reply,) = generate_replies(network, tokenizer, [prompt_ids], max_new_tokens=max_new_tokens, streamer=streamer, **sampling)
     return reply.text

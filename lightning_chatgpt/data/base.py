@@ -198,8 +198,7 @@ class TokenDataModule(LightningDataModule, Generic[Item]):
             raise ConfigError("data.max_length is not set, and no model says how many positions it has; set it")
         if self.max_length is not None and positions is not None and self.max_length > positions:
             raise ConfigError(
-                f"data.max_length {self.max_length} is more than the model's {positions} positions; "
-                f"set it to {positions} or less"
+                f"data.max_length {self.max_length} is more than the model's {positions} positions; set it to {positions} or less"
             )
         length = self.max_length if self.max_length is not None else positions
         assert length is not None
@@ -223,9 +222,7 @@ class TokenDataModule(LightningDataModule, Generic[Item]):
             f"{part}: {len(items)} read, {len(columns['n_tokens'])} examples, {sum(columns['n_tokens'])} tokens, "
             f"{n_supervised} of them supervised"
         )
-        features = Features(
-            {"input_ids": Sequence(Value("int32")), "loss_weights": Sequence(Value("float32")), "n_tokens": Value("int32")}
-        )
+        features = Features({"input_ids": Sequence(Value("int32")), "loss_weights": Sequence(Value("float32")), "n_tokens": Value("int32")})
         return Dataset.from_dict(columns, features=features)  # Arrow: compact, and shared with workers uncopied
 
     def _dataset(self, part: str) -> Dataset:

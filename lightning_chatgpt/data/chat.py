@@ -115,18 +115,13 @@ class ChatDataModule(TokenDataModule[Conversation]):
         assert self.tokenizer is not None and self.max_length is not None
         room = self.max_length - self.max_new_tokens
         if room < 1:
-            raise ConfigError(
-                f"data.max_new_tokens {self.max_new_tokens} leaves no room for a prompt in max_length {self.max_length}"
-            )
+            raise ConfigError(f"data.max_new_tokens {self.max_new_tokens} leaves no room for a prompt in max_length {self.max_length}")
         tokenizer = self.tokenizer
 
         def collate_numbered(numbers: list[int]) -> Any:
             chosen = [(number, self.prompts[number]) for number in numbers]
             return collate_prompts(
-                [
-                    (n, chat, encode_prompt(chat.prompt_and_reference()[0], tokenizer=tokenizer, max_length=room))
-                    for n, chat in chosen
-                ],
+                [(n, chat, encode_prompt(chat.prompt_and_reference()[0], tokenizer=tokenizer, max_length=room)) for n, chat in chosen],
                 max_new_tokens=self.max_new_tokens,
             )
 

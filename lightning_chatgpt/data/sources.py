@@ -131,9 +131,7 @@ def _read_corpus(name: str) -> Iterator[Conversation]:
 def _package_folder(package: str, distribution: str) -> Path:
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
-        raise DataError(
-            f"the corpus needs the package {distribution}, which is not installed: pip install 'lightning-chatgpt[corpora]'"
-        )
+        raise DataError(f"the corpus needs the package {distribution}, which is not installed: pip install 'lightning-chatgpt[corpora]'")
     return Path(spec.origin).parent
 
 
@@ -184,7 +182,5 @@ def _read_chitchat(assistant: str) -> Iterator[Conversation]:
             taken = turns if view == "second" else turns[1:]
             if len(taken) < 2:
                 continue
-            messages = tuple(
-                Message("user" if sender == taken[0][0] else "assistant", "\n".join(texts)) for sender, texts in taken
-            )
+            messages = tuple(Message("user" if sender == taken[0][0] else "assistant", "\n".join(texts)) for sender, texts in taken)
             yield Conversation(messages, id=f"chitchat/{view}:{key}", group=f"chitchat/{key}")

@@ -225,9 +225,7 @@ def scratch_config(architecture: Mapping[str, Any], *, vocab_size: int | None = 
     return config
 
 
-def build_network(
-    folder: Path, *, tokenizer: PreTrainedTokenizerFast, architecture: Mapping[str, Any] | None = None
-) -> PreTrainedModel:
+def build_network(folder: Path, *, tokenizer: PreTrainedTokenizerFast, architecture: Mapping[str, Any] | None = None) -> PreTrainedModel:
     """Load weights from a transformers folder and make room for the tokenizer's new tokens.
 
     Args:
@@ -253,9 +251,7 @@ def build_network(
                 "remove it, or set model.pretrained to null to start from scratch"
             )
     try:
-        network: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            folder, config=config, local_files_only=True, dtype=torch.float32
-        )
+        network: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, config=config, local_files_only=True, dtype=torch.float32)
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"{folder}: the weights cannot be loaded ({str(error).strip().splitlines()[0]})") from None
     _fit_to_tokenizer(network, tokenizer)

@@ -215,9 +215,7 @@ class CausalLMModule(LightningModule):
         Returns: for each conversation its index, id, prompt messages, reply, reference, token counts and finish reason.
         """
         assert self.tokenizer is not None
-        replies = generate_replies(
-            self.network, self.tokenizer, batch["prompt_ids"], max_new_tokens=batch["max_new_tokens"]
-        )
+        replies = generate_replies(self.network, self.tokenizer, batch["prompt_ids"], max_new_tokens=batch["max_new_tokens"])
         return [
             {
                 "index": index,
@@ -229,9 +227,7 @@ class CausalLMModule(LightningModule):
                 "completion_tokens": reply.n_tokens,
                 "finish_reason": reply.finish_reason,
             }
-            for index, chat, prompt_ids, reply in zip(
-                batch["index"], batch["conversations"], batch["prompt_ids"], replies, strict=True
-            )
+            for index, chat, prompt_ids, reply in zip(batch["index"], batch["conversations"], batch["prompt_ids"], replies, strict=True)
         ]
 
     def configure_optimizers(self) -> Any:
@@ -243,9 +239,7 @@ class CausalLMModule(LightningModule):
                 f"model.warmup_steps {self.warmup_steps} is not less than the run's {total_steps} optimizer steps: "
                 "the full learning rate is never held; lower it"
             )
-        schedule = build_schedule(
-            optimizer, schedule=self.schedule, warmup_steps=self.warmup_steps, total_steps=total_steps
-        )
+        schedule = build_schedule(optimizer, schedule=self.schedule, warmup_steps=self.warmup_steps, total_steps=total_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def export(self, folder: str | Path, *, checkpoint: str | Path | None = None) -> Path:

@@ -58,12 +58,8 @@ def build_schedule(optimizer: Optimizer, *, schedule: Schedule, warmup_steps: in
     from torch.optim.lr_scheduler import LambdaLR
 
     if schedule != "constant" and math.isinf(total_steps):
-        raise ConfigError(
-            f"model.schedule {schedule} needs an end; set trainer.max_epochs or trainer.max_steps, or take constant"
-        )
+        raise ConfigError(f"model.schedule {schedule} needs an end; set trainer.max_epochs or trainer.max_steps, or take constant")
     return LambdaLR(
         optimizer,
-        lambda step: learning_rate_factor(
-            step, schedule=schedule, warmup_steps=warmup_steps, total_steps=total_steps
-        ),
+        lambda step: learning_rate_factor(step, schedule=schedule, warmup_steps=warmup_steps, total_steps=total_steps),
     )

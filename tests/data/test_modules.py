@@ -58,7 +58,7 @@ def test_the_tokenizer_never_sees_validation_text(write_chats: Callable[..., Pat
 
 def test_sources_of_its_own(tokenizer: PreTrainedTokenizerFast) -> None:
     class Mine(ChatDataModule):
-        def read(self, source: str):  # noqa: ANN202
+        def read(self, source: str):
             yield chat(f"{source}?", f"{source}!")
             yield chat(f"{source}??", f"{source}!!")
 

@@ -37,11 +37,7 @@ def test_grouping_saves_padding(world_size: int) -> None:
     def padded_tokens(group_by_length: bool) -> int:
         total = 0
         for rank in range(world_size):
-            order = list(
-                EpochSampler(
-                    LENGTHS, batch_size=8, seed=1, rank=rank, world_size=world_size, group_by_length=group_by_length
-                )
-            )
+            order = list(EpochSampler(LENGTHS, batch_size=8, seed=1, rank=rank, world_size=world_size, group_by_length=group_by_length))
             batches = [order[i : i + 8] for i in range(0, len(order), 8)]
             total += sum(max(LENGTHS[i] for i in batch) * len(batch) for batch in batches)
         return total

@@ -157,7 +157,11 @@ class ChatCLI(LightningCLI):
                 CSVLogger(folder, name="", version=""),
                 TensorBoardLogger(folder, name="tensorboard", version=""),
             ] if self.subcommand == "fit" else False  # fmt: skip
-        return super().instantiate_trainer(**kwargs)
+        trainer = super().instantiate_trainer(**kwargs)
+        # Known before the data is set up, so that model and data take tokenizer and architecture from the checkpoint.
+        settings = self.config_init[self.subcommand]
+        trainer.ckpt_path, settings["ckpt_path"] = settings["ckpt_path"], None
+        return trainer
 
 
 def run_trainer_verb(arguments: Sequence[str]) -> None:

@@ -70,7 +70,7 @@ def test_the_run_folder_holds_what_was_promised(finished: Path) -> None:
 
 
 def test_what_is_logged(finished: Path) -> None:
-    rows = list(csv.DictReader((finished / "runs/mine/metrics.csv").open()))
+    rows = list(csv.DictReader((finished / "runs/mine/metrics.csv").read_text().splitlines()))
     assert len([r for r in rows if r["train_loss"]]) == 12
     assert len([r for r in rows if r["val_loss"]]) == 2
     for name in ("learning_rate", "tokens_per_second", "val_perplexity", "val_token_accuracy", "val_bits_per_byte"):
@@ -80,7 +80,7 @@ def test_what_is_logged(finished: Path) -> None:
 
 
 def test_samples_are_taken_before_and_after_each_epoch(finished: Path) -> None:
-    records = [json.loads(line) for line in (finished / "runs/mine/samples.jsonl").open()]
+    records = [json.loads(line) for line in (finished / "runs/mine/samples.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records] == [0, 0, 6, 6, 12, 12]
     assert {r["prompt"] for r in records} == {"Hello", "[b]Bye[/b]"}
     assert all(set(r) == {"step", "prompt", "reply", "n_tokens", "finish_reason"} for r in records)
@@ -99,11 +99,11 @@ def test_resume_and_overwrite(finished: Path, tmp_path: Path) -> None:
     folder = tmp_path / "copy"
     run("fit", "-c", "mine.yaml", "--ckpt_path", "last", "--trainer.max_epochs", "3", cwd=folder)
     mine = folder / "runs" / "mine"
-    steps = [json.loads(line)["step"] for line in (mine / "samples.jsonl").open()]
+    steps = [json.loads(line)["step"] for line in (mine / "samples.jsonl").read_text().splitlines()]
     assert max(steps) == 18
     assert (mine / "metrics.1.csv").read_text() == (finished / "runs/mine/metrics.csv").read_text()
     run("fit", "-c", "mine.yaml", "--overwrite", "true", "--trainer.max_epochs", "1", cwd=folder)
-    assert max(json.loads(line)["step"] for line in (mine / "samples.jsonl").open()) == 6
+    assert max(json.loads(line)["step"] for line in (mine / "samples.jsonl").read_text().splitlines()) == 6
     assert not list(mine.glob("checkpoints/*step=1[28]*"))
     assert len(list((mine / "tensorboard").glob("events.*"))) == 1
 
@@ -117,7 +117,7 @@ def test_the_saved_config_serves_every_verb(finished: Path, capfd: pytest.Captur
     main(["test", *config, "--data.test", "chats.jsonl"])
     assert "test_perplexity" in capfd.readouterr().out
     main(["predict", *config, "--data.predict", "chats.jsonl", "--data.max_new_tokens", "8"])
-    lines = [json.loads(line) for line in (finished / "runs/mine/predictions.jsonl").open()]
+    lines = [json.loads(line) for line in (finished / "runs/mine/predictions.jsonl").read_text().splitlines()]
     assert [line["id"] for line in lines] == [f"chats.jsonl:{i}" for i in range(1, 25)]
     assert set(lines[0]) == {
         "id", "prompt", "reply", "reference", "prompt_tokens", "completion_tokens", "finish_reason",
@@ -168,7 +168,7 @@ def test_chat_takes_lines_from_a_pipe(finished: Path) -> None:
         (["fit", "-c", "mine.yaml", "--trainer.max_epochs", "many"], "trainer.max_epochs: 'many' cannot be used; it takes int or null"),
         (["fit", "-c", "typo.yaml"], "typo.yaml:3: data.batchsize is no setting; did you mean data.batch_size?"),
         (["fit", "-c", "group.yaml"], "group.yaml:1: modell is no setting; did you mean model?"),
-        (["fit", "-c", "broken.yaml"], "broken.yaml:2: broken YAML"),
+        (["fit", "-c", "broken.yaml"], "broken.yaml:3: broken YAML"),
         (["fit", "-c", "list.yaml"], "list.yaml: expected 'key: value' lines"),
         (["fit", "-c", "mine.yaml", "--model.class_path", "no.Such"], "class_path no.Such: cannot be imported"),
         (["fit", "-c", "fresh.yaml", "--data.train", "nofile.jsonl"], "nofile.jsonl: no such file or folder"),

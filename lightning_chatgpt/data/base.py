@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -114,7 +115,11 @@ class TokenDataModule(LightningDataModule, Generic[Item]):
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         """Batches of the validation split, each example once over all processes; nothing if there is no such split."""
-        return self._evaluation_loader("validation") if "validation" in self.datasets else []
+        if "validation" in self.datasets:
+            return self._evaluation_loader("validation")
+        # Lightning asks whether that is meant; data.validation says so.
+        warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")
+        return []
 
     def test_dataloader(self) -> DataLoader[Any]:
         """Batches of the test split, each example once over all processes."""

@@ -6,9 +6,19 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch.utils.data import DistributedSampler
+from torch.utils.data import Dataset, DistributedSampler
 
 _BATCHES_SORTED_TOGETHER = 50  # sorting all would put equal lengths side by side in every epoch
+
+
+class _Numbers(Dataset[int]):
+    """Stands for a data set where only its length is asked for."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def __len__(self) -> int:
+        return self.length
 
 
 class EpochSampler(DistributedSampler[Any]):
@@ -36,7 +46,7 @@ class EpochSampler(DistributedSampler[Any]):
         world_size: int = 1,
         group_by_length: bool = False,
     ) -> None:
-        super().__init__(range(len(lengths)), num_replicas=world_size, rank=rank, seed=seed)
+        super().__init__(_Numbers(len(lengths)), num_replicas=world_size, rank=rank, seed=seed)
         self.lengths = lengths
         self.batch_size = batch_size
         self.group_by_length = group_by_length
@@ -72,7 +82,7 @@ class ShardSampler(DistributedSampler[Any]):
     """
 
     def __init__(self, n_examples: int, *, rank: int = 0, world_size: int = 1) -> None:
-        super().__init__(range(n_examples), num_replicas=world_size, rank=rank, shuffle=False)
+        super().__init__(_Numbers(n_examples), num_replicas=world_size, rank=rank, shuffle=False)
         self.share = range(rank, n_examples, world_size)
 
     def __iter__(self) -> Iterator[int]:

@@ -36,7 +36,7 @@ def test_training_is_bit_for_bit_the_same_with_and_without(tmp_path: Path, sourc
     watched = fit(tmp_path / "a", source, [sampling])
     alone = fit(tmp_path / "b", source, [])
     assert all(torch.equal(a, b) for a, b in zip(watched.parameters(), alone.parameters(), strict=True))
-    steps = [json.loads(line)["step"] for line in (tmp_path / "a/samples.jsonl").open()]
+    steps = [json.loads(line)["step"] for line in (tmp_path / "a/samples.jsonl").read_text().splitlines()]
     assert steps == [step for step in range(1, 9) for _ in range(2)]
 
 

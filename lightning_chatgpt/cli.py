@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning_utilities.core.rank_zero import rank_zero_only
 from transformers.utils import logging as transformers_logging
 
 from lightning_chatgpt.callbacks.checkpoint import RunCheckpoint
@@ -43,7 +43,7 @@ class ChatArgumentParser(LightningArgumentParser):
 
 
 class RunFolder(SaveConfigCallback):
-    """Keeps a run's folder: writes its ``config.yaml``, and clears an earlier run's files if that was asked for.
+    """Keeps a run's folder: writes its ``config.yaml``, and clears what an earlier run left, unless it is gone on with.
 
     Args:
         parser: The parser of the verb.
@@ -52,7 +52,8 @@ class RunFolder(SaveConfigCallback):
 
     def __init__(self, parser: LightningArgumentParser, config: Namespace) -> None:
         folder = Path(config["trainer"]["default_root_dir"])
-        self.to_remove = _run_files(folder) if config["overwrite"] else []
+        # With neither resuming nor overwriting asked for, these are left from a start that failed before training.
+        self.to_remove = [] if config["ckpt_path"] else _run_files(folder)
         config = config.clone()
         # The saved config serves every verb, and must not remove what it made, or go on with it, when it is run again.
         del config["overwrite"]
@@ -135,8 +136,8 @@ class ChatCLI(LightningCLI):
         folder = Path(config["trainer"]["default_root_dir"])
         if config["ckpt_path"] is not None:
             config["ckpt_path"] = str(_find_checkpoint(config["ckpt_path"], folder))
-        taken = _run_files(folder)
-        if self.subcommand != "fit" or not taken or config["overwrite"] or rank_zero_only.rank:
+        taken = [path for path in _run_files(folder) if path.name == "config.yaml" or path.suffix == ".ckpt"]
+        if self.subcommand != "fit" or not taken or config["overwrite"] or getattr(rank_zero_only, "rank", 0):
             return
         if config["ckpt_path"] is None:
             raise ConfigError(

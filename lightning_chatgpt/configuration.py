@@ -132,7 +132,9 @@ def _config_keys(config: str) -> Iterator[tuple[Key, Any]]:
     if node is None:
         return
     if not isinstance(node, yaml.MappingNode):
-        raise ConfigError(f"{config}: expected 'key: value' lines such as 'trainer:', found a {node.id}")
+        raise ConfigError(
+            f"{config}: expected 'key: value' lines such as 'trainer:', found a {type(node).__name__.removesuffix('Node').lower()}"
+        )
     yield from _node_keys(node, "", config)
 
 

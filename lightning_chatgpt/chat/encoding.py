@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from lightning_chatgpt.chat.conversation import Conversation
 from lightning_chatgpt.chat.template import Segment, Supervise, message_segments, reply_segments
@@ -113,9 +113,8 @@ def _encode_turns(written: Sequence[tuple[str, list[Segment]]], tokenizer: PreTr
     ids_of_text[""] = []
 
     def piece(segment: Segment) -> _Piece:
-        if segment.is_control:
-            return _Piece([tokenizer.convert_tokens_to_ids(segment.text)], segment.weight, segment.is_content)
-        return _Piece(ids_of_text[segment.text], segment.weight, segment.is_content)
+        ids: Any = tokenizer.convert_tokens_to_ids([segment.text]) if segment.is_control else ids_of_text[segment.text]
+        return _Piece(ids, segment.weight, segment.is_content)
 
     return [_Turn(role, [piece(segment) for segment in segments]) for role, segments in written]
 

@@ -57,7 +57,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         first_line = str(error).strip().split("\n")[0]
         raise ModelError(f"{folder}: no tokenizer could be loaded ({first_line}); it needs a tokenizer.json") from None

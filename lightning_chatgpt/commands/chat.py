@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning_chatgpt.chat.conversation import Conversation, Message
 from lightning_chatgpt.errors import ConfigError
@@ -49,7 +49,7 @@ def chat(
         import torch
 
         torch.manual_seed(seed)
-    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     messages = [Message("system", system)] if system else []
     if prompt is not None:
         _answer(loaded, [*messages, Message("user", prompt)], max_new_tokens, sampling)
@@ -72,7 +72,7 @@ def chat(
         messages.append(Message("assistant", _answer(loaded, messages, max_new_tokens, sampling)))
 
 
-def _answer(loaded: LoadedModel, messages: list[Message], max_new_tokens: int, sampling: dict[str, float]) -> str:
+def _answer(loaded: LoadedModel, messages: list[Message], max_new_tokens: int, sampling: dict[str, Any]) -> str:
     """Print the reply as it comes, and return it."""
     from transformers import TextStreamer
 

@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning_utilities.core.rank_zero import rank_zero_info
 from torch.utils.data import DataLoader
 
 from lightning_chatgpt.chat.encoding import Example
@@ -176,7 +176,7 @@ class TokenDataModule(LightningDataModule, Generic[Item]):
         Raises:
             ConfigError: There is none, or two that contradict each other.
         """
-        of_model = self.trainer.lightning_module.load_tokenizer() if self._model_has("load_tokenizer") else None
+        of_model = self._ask_model("load_tokenizer")
         if of_model is not None:
             if self.tokenizer_name is not None:
                 raise ConfigError(
@@ -198,7 +198,7 @@ class TokenDataModule(LightningDataModule, Generic[Item]):
         return tokenizer_from_state(state)
 
     def _check_max_length(self) -> int:
-        positions = self.trainer.lightning_module.max_positions() if self._model_has("max_positions") else None
+        positions = self._ask_model("max_positions")
         if self.max_length is None and positions is None:
             raise ConfigError("data.max_length is not set, and no model says how many positions it has; set it")
         if self.max_length is not None and positions is not None and self.max_length > positions:
@@ -209,8 +209,10 @@ class TokenDataModule(LightningDataModule, Generic[Item]):
         assert length is not None
         return length
 
-    def _model_has(self, method: str) -> bool:
-        return self.trainer is not None and hasattr(self.trainer.lightning_module, method)
+    def _ask_model(self, method: str) -> Any:
+        """What a method of the Trainer's model says; None without a Trainer, or of a model that has no such method."""
+        module: Any = self.trainer.lightning_module if self.trainer is not None else None
+        return getattr(module, method)() if hasattr(module, method) else None
 
     def _to_dataset(self, part: str, items: Sequence[Item]) -> Dataset:
         from datasets import Dataset, Features, Sequence, Value

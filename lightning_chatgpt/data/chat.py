@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, cast
+from typing import Any
 
 from torch.utils.data import DataLoader
 
@@ -98,8 +98,8 @@ class ChatDataModule(TokenDataModule[Conversation]):
             items,
             tokenizer=self.tokenizer,
             max_length=self.max_length,
-            truncation=cast(Truncation, self.truncation),
-            supervise=cast(Supervise, self.supervise),
+            truncation=self.truncation,
+            supervise=self.supervise,
         ):
             # A window in which nobody speaks whose words are learnt teaches nothing and would give a loss of 0 / 0.
             yield from (example for example in examples if any(example.loss_weights))

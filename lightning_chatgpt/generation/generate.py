@@ -6,7 +6,7 @@ Shapes: B prompts, T tokens of the longest, padded on the left so that all repli
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 
@@ -79,7 +79,8 @@ def generate_replies(
     mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
     stop_ids = stop_token_ids(tokenizer)
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p} if temperature > 0 else {}
-    generated = network.generate(
+    generate: Any = network.generate
+    generated = generate(
         input_ids=torch.tensor(rows, device=device),
         attention_mask=torch.tensor(mask, device=device),
         generation_config=GenerationConfig(
@@ -113,7 +114,7 @@ def check_sampling(*, max_new_tokens: int, temperature: float, top_k: int, top_p
 def _to_reply(ids: list[int], tokenizer: PreTrainedTokenizerFast, stop_ids: list[int]) -> Reply:
     end = next((i for i, token_id in enumerate(ids) if token_id in stop_ids), None)
     # After a control token that should not be there, show what was said all the same.
-    text = tokenizer.decode(ids[:end], skip_special_tokens=True)
+    text = str(tokenizer.decode(ids[:end], skip_special_tokens=True))
     if end is None:
         return Reply(text, len(ids), "length")
     return Reply(text, end + 1, "stop")

@@ -16,7 +16,7 @@ from lightning_chatgpt.errors import ConfigError, ModelError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import GPT2Config, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 BUILTIN_PREFIX = "builtin:"
 CHECKPOINT_KEY = "lightning_chatgpt"  # where a checkpoint keeps its architecture and tokenizer
@@ -191,12 +191,13 @@ def read_config(folder: Path) -> PretrainedConfig:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
+        config: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{folder}: config.json cannot be used ({str(error).strip().splitlines()[0]})") from None
+    return config
 
 
-def scratch_config(architecture: Mapping[str, Any], *, vocab_size: int | None = None) -> PretrainedConfig:
+def scratch_config(architecture: Mapping[str, Any], *, vocab_size: int | None = None) -> GPT2Config:
     """A GPT-2 config from an ``architecture``.
 
     Args:
@@ -286,7 +287,7 @@ def _fit_to_tokenizer(network: PreTrainedModel, tokenizer: PreTrainedTokenizerFa
     from transformers import GenerationConfig
 
     # Never shrink: some weights have more rows than their tokenizer has tokens.
-    if len(tokenizer) > network.get_input_embeddings().num_embeddings:
+    if len(tokenizer) > len(network.get_input_embeddings().weight):  # type: ignore[arg-type]
         network.resize_token_embeddings(len(tokenizer))
     network.config.bos_token_id = tokenizer.bos_token_id
     network.config.eos_token_id = tokenizer.eos_token_id

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -103,7 +104,7 @@ def test_chitchat_turns_are_the_speakers_own_messages() -> None:
             texts = [u["text"].strip() for u in utterances if (u["sender"] == first_sender) == said]
             assert "\n".join(contents) == "\n".join(texts)
         roles = [m.role for m in second.messages]
-        assert all(a != b for a, b in zip(roles, roles[1:], strict=False))  # consecutive messages are one turn
+        assert all(a != b for a, b in pairwise(roles))  # consecutive messages are one turn
         first = conversations.get(f"chitchat/first:{key}")
         if first is not None:
             assert [m.content for m in first.messages] == [m.content for m in second.messages[1:]]

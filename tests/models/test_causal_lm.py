@@ -32,9 +32,7 @@ def taught(tmp_path_factory: pytest.TempPathFactory) -> tuple[CausalLMModule, Ch
     module = CausalLMModule(architecture=ARCHITECTURE, learning_rate=1e-2, weight_decay=0.0)
     data = ChatDataModule(train=str(source), validation=str(source), vocab_size=300, batch_size=4)
     checkpoint = RunCheckpoint(dirpath=folder / "checkpoints")
-    run = trainer(
-        folder, max_epochs=40, check_val_every_n_epoch=20, callbacks=[checkpoint], enable_checkpointing=True, log_every_n_steps=1
-    )
+    run = trainer(folder, max_epochs=40, check_val_every_n_epoch=20, callbacks=[checkpoint], enable_checkpointing=True, log_every_n_steps=1)
     run.fit(module, data)
     return module, data, run, folder
 

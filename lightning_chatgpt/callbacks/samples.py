@@ -99,7 +99,7 @@ class SampleGeneration(Callback):
     @rank_zero_only
     def _report(self, trainer: Trainer, replies: Sequence[Reply]) -> None:
         step = trainer.global_step
-        path = Path(trainer.log_dir or trainer.default_root_dir) / self.filename
+        path = Path(trainer.default_root_dir) / self.filename  # log_dir would broadcast, and wait for the other processes
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as lines:
             for prompt, reply in zip(self.prompts, replies, strict=True):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
-import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -16,7 +14,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning_utilities.core.rank_zero import rank_zero_only
+from lightning_utilities.core.rank_zero import rank_zero_only, rank_zero_warn
 from transformers.utils import logging as transformers_logging
 
 from lightning_chatgpt.callbacks.checkpoint import RunCheckpoint
@@ -27,9 +25,20 @@ from lightning_chatgpt.callbacks.throughput import TokenThroughput
 from lightning_chatgpt.configuration import check_keys, one_line, resolve_arguments
 from lightning_chatgpt.data.chat import ChatDataModule
 from lightning_chatgpt.errors import ConfigError
+from lightning_chatgpt.models.build import read_checkpoint
 from lightning_chatgpt.models.causal_lm import CausalLMModule
 
-_RUN_FILES = ("config.yaml", "metrics.csv", "samples.jsonl", "checkpoints", "hf", "tensorboard", "plots")
+_RUN_FILES = (
+    "config.yaml",
+    "metrics.csv",
+    "metrics.*.csv",
+    "samples.jsonl",
+    "predictions.jsonl",
+    "checkpoints",
+    "hf",
+    "tensorboard",
+    "plots",
+)
 _CLASSES = {"model": CausalLMModule, "data": ChatDataModule}
 
 
@@ -120,7 +129,12 @@ class ChatCLI(LightningCLI):
         """Check every key, then parse."""
         verb, *rest = self.arguments
         actions = self._subcommand_parsers[verb]._actions
-        known = {action.dest for action in actions if not action.dest.endswith(".help")} | {"help", "print_config"}
+        known = {action.dest for action in actions if not action.dest.endswith(".help")} | {
+            "help",
+            "print_config",
+            "model.help",
+            "data.help",
+        }
         check_keys(rest, self.configs, known=known - set(_CLASSES), classes=dict(_CLASSES))
         with warnings.catch_warnings():
             # LightningCLI thinks that whoever hands it arguments forgot about sys.argv; these are sys.argv's own.
@@ -137,6 +151,10 @@ class ChatCLI(LightningCLI):
         if config["ckpt_path"] is not None:
             config["ckpt_path"] = str(_find_checkpoint(config["ckpt_path"], folder))
         taken = [path for path in _run_files(folder) if path.name == "config.yaml" or path.suffix == ".ckpt"]
+        if config.get("overwrite") and config["ckpt_path"] is not None:
+            raise ConfigError("overwrite and ckpt_path exclude each other: a run is removed or gone on with; leave one out")
+        if self.subcommand != "fit" and taken and config["ckpt_path"] is None:
+            rank_zero_warn(f"{self.subcommand} takes the model before training; for what {folder} learnt add --ckpt_path best")
         if self.subcommand != "fit" or not taken or config["overwrite"] or getattr(rank_zero_only, "rank", 0):
             return
         if config["ckpt_path"] is None:
@@ -203,8 +221,9 @@ def _find_checkpoint(name: str, folder: Path) -> Path:
     if name == "last":
         path = checkpoints / "last.ckpt"
     elif name == "best":
-        others = [p for p in checkpoints.glob("*.ckpt") if p.name != "last.ckpt"]
-        path = min(others, key=_val_loss, default=checkpoints / "best.ckpt")
+        states = read_checkpoint(checkpoints / "last.ckpt")["callbacks"].values()
+        paths = [state["best_model_path"] for state in states if state.get("best_model_path")]
+        path = checkpoints / (Path(paths[0]).name if paths else "last.ckpt")  # the run folder may have been moved
     else:
         path = Path(name)
     if not path.is_file():
@@ -212,12 +231,7 @@ def _find_checkpoint(name: str, folder: Path) -> Path:
     return path
 
 
-def _val_loss(path: Path) -> float:
-    found = re.search(r"val_loss=([0-9.]+)", path.stem)
-    return float(found[1]) if found else math.inf
-
-
 def _run_files(folder: Path) -> list[Path]:
     """The files that an earlier run left in a folder."""
-    paths = [path for name in _RUN_FILES for path in (folder / name, *(folder / name).rglob("*"))]
-    return [path for path in paths if path.is_file()]
+    found = [path for name in _RUN_FILES for path in folder.glob(name)]
+    return [path for entry in found for path in (entry, *entry.rglob("*")) if path.is_file()]

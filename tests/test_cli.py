@@ -69,6 +69,14 @@ def test_the_run_folder_holds_what_was_promised(finished: Path) -> None:
     assert list((folder / "tensorboard").glob("events.*"))
 
 
+def test_its_checkpoint_loads_in_python(finished: Path, tmp_path: Path) -> None:
+    from lightning_chatgpt import CausalLMModule
+
+    shutil.copy(finished / "runs/mine/checkpoints/last.ckpt", tmp_path / "last.ckpt")
+    module = CausalLMModule.load_from_checkpoint(tmp_path / "last.ckpt")
+    assert module.learning_rate == 1e-2 and module.is_built
+
+
 def test_what_is_logged(finished: Path) -> None:
     rows = list(csv.DictReader((finished / "runs/mine/metrics.csv").read_text().splitlines()))
     assert len([r for r in rows if r["train_loss"]]) == 12
@@ -176,6 +184,8 @@ def test_chat_takes_lines_from_a_pipe(finished: Path) -> None:
         (["fit", "-c", "fresh.yaml", "--data.train", "cut.jsonl"], "cut.jsonl:2: broken JSON at column"),
         (["fit", "-c", "fresh.yaml", "--data.max_length", "4096"], "data.max_length 4096 is more than the model's 128 positions"),
         (["fit", "-c", "fresh.yaml", "--model.architecture", "null", "--model.pretrained", "gpt2"], "gpt2: no such folder here"),
+        (["fit", "-c", "mine.yaml", "--ckpt_path", "last", "--overwrite", "true"], "overwrite and ckpt_path exclude each other"),
+        (["fit", "-c", "fresh.yaml", "--model.architecture.n_layer", "four"], "n_layer must be a whole number of at least 1, not 'four'"),
         (["fit", "-c", "fresh.yaml", "--ckpt_path", "last"], "ckpt_path last: there is no runs/fresh/checkpoints/last.ckpt"),
         (["chat", "runs/nothing"], "runs/nothing: no such folder"),
         (["chat", "runs/mine", "--temperature", "-1"], "temperature must be at least 0, not -1.0"),

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(bash|python|yaml)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 SHORT = ["--trainer.max_steps", "2", "--trainer.limit_val_batches", "1", "--trainer.accelerator", "cpu"]
-CHECKS = {"pytest", "pytest -m 'not slow'", "ruff check .", "ruff format --check .", "mypy"}
+CHECKS = {"pytest", "ruff check .", "ruff format --check .", "mypy"}
 
 
 def blocks(page: Path) -> list[tuple[str, str]]:

@@ -37,11 +37,23 @@ class RunCheckpoint(ModelCheckpoint):
         datasets = getattr(getattr(trainer, "datamodule", None), "datasets", {})
         if self.monitor == "val_loss" and "train" in datasets and "validation" not in datasets:
             self.monitor, self.filename = None, "{epoch}-{step}"
+        if self.dirpath is None:  # Lightning would take the first logger's folder
+            self.dirpath = str(Path(trainer.default_root_dir) / "checkpoints")
         super().setup(trainer, pl_module, stage)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the best and, where these weights are none of the best, ``last.ckpt`` alone."""
+        super().on_validation_end(trainer, pl_module)
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._save_last(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write ``last.ckpt`` unless these very weights were just saved."""
         super().on_train_end(trainer, pl_module)
+        self._save_last(trainer)
+
+    def _save_last(self, trainer: Trainer) -> None:
         if self.save_last and self._last_global_step_saved != trainer.global_step and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             assert self.dirpath is not None
+            self._last_global_step_saved = trainer.global_step
             trainer.save_checkpoint(Path(self.dirpath) / f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}")

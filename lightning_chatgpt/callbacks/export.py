@@ -28,6 +28,13 @@ class HuggingFaceExport(Callback):
         if trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
             return
         module: Any = pl_module
-        best = next((c.best_model_path for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)), "")
-        folder = module.export(Path(trainer.default_root_dir) / self.dirname, checkpoint=best or None)
+        checkpoint = next((c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)), None)
+        target = Path(trainer.default_root_dir) / self.dirname
+        # A strategy that saves folders of shards has no single file to read the best from.
+        if checkpoint is not None and Path(checkpoint.best_model_path).is_file():
+            score = checkpoint.best_model_score
+            facts = {checkpoint.monitor: f"{score:.4f}"} if checkpoint.monitor and score is not None else {}
+            folder = module.export(target, checkpoint=checkpoint.best_model_path, facts=facts)
+        else:
+            folder = module.export(target)
         rank_zero_info(f"The model is in {folder}; talk to it: python -m lightning_chatgpt chat {trainer.default_root_dir}")

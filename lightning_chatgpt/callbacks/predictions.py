@@ -48,8 +48,7 @@ class PredictionWriter(BasePredictionWriter):
         """Write a batch's replies."""
         assert self._file is not None
         for record in prediction:
-            line = {key: value for key, value in record.items() if key != "index"}
-            self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
         self._file.flush()
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -82,12 +82,15 @@ class SampleGeneration(Callback):
         if trainer.global_step == self._last_step or not self.prompts:
             return  # inside an accumulation the step stands still
         self._last_step = trainer.global_step
-        was_training = pl_module.training
+        modes = {module: module.training for module in pl_module.modules()}
         pl_module.eval()
         # Every process takes part: a sharded network cannot answer in one alone.
-        with isolate_rng():
-            replies = self._replies(pl_module)
-        pl_module.train(was_training)
+        try:
+            with isolate_rng():
+                replies = self._replies(pl_module)
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
         self._report(trainer, replies)
 
     def _replies(self, pl_module: Any) -> list[Reply]:

@@ -161,7 +161,7 @@ def _shorten(turns: list[_Turn], *, max_length: int) -> list[_Turn]:
         pieces = (piece for turn in turns for piece in turn.pieces if piece.is_content)
         longest = max(pieces, key=lambda piece: len(piece.ids), default=None)
         if longest is None or len(longest.ids) < 2:
-            raise DataError(f"max_length {max_length + excess} is too short for a message's own markers or the system message; raise it")
+            raise DataError(f"max_length is too short by {excess} tokens for a message's own markers and the system message; raise it")
         n_kept = max(len(longest.ids) - excess, len(longest.ids) // 2)
         excess -= len(longest.ids) - n_kept
         n_head = (n_kept + 1) // 2

@@ -11,7 +11,6 @@ The segments are the one truth for training, sampling and chat. ``CHATML_JINJA``
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 from lightning_chatgpt.chat.conversation import Message
@@ -68,8 +67,3 @@ def message_segments(message: Message, *, supervise: Supervise = "assistant") ->
 def reply_segments() -> list[Segment]:
     """What stands before an assistant's reply; generation goes on from here."""
     return [Segment(START_TOKEN, is_control=True), Segment("assistant\n")]
-
-
-def render(segments: Iterable[Segment]) -> str:
-    """The segments as one string, for people to read; never tokenize it, its control tokens may be a user's words."""
-    return "".join(segment.text for segment in segments)

@@ -94,6 +94,9 @@ class TokenDataModule(LightningDataModule, Generic[Item]):
     def setup(self, stage: str) -> None:
         """Read, split and encode what the stage needs. Each process does so for itself and comes to the same."""
         self.max_length = self._check_max_length()
+        of_model = self._ask_model("load_tokenizer") if self.tokenizer is not None else None
+        if of_model is not None and self.tokenizer is not None and of_model.get_vocab() != self.tokenizer.get_vocab():
+            raise ConfigError("the data was encoded with another model's tokenizer; make a new data module for this model")
         parts = self.load_items(stage)
         if self.tokenizer is None:
             self.tokenizer = self.build_tokenizer(parts.get("train", []))
@@ -178,7 +181,9 @@ class TokenDataModule(LightningDataModule, Generic[Item]):
         """
         of_model = self._ask_model("load_tokenizer")
         if of_model is not None:
-            if self.tokenizer_name is not None:
+            # A model from scratch that goes on from a checkpoint has its tokenizer from there, as data.tokenizer had it.
+            module = self.trainer.lightning_module if self.trainer is not None else None
+            if self.tokenizer_name is not None and getattr(module, "pretrained", None) is not None:
                 raise ConfigError(
                     f"data.tokenizer {self.tokenizer_name!r} contradicts the model's weights, which bring their own; remove it"
                 )
@@ -242,8 +247,14 @@ class TokenDataModule(LightningDataModule, Generic[Item]):
             return {"rank": 0, "world_size": 1}
         return {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size}
 
+    def _check_shares(self, name: str, n_examples: int) -> None:
+        n_processes = self._ranks()["world_size"]
+        if n_examples < n_processes:
+            raise DataError(f"{name} holds {n_examples} example(s), too few for {n_processes} processes; add more, or use fewer")
+
     def _evaluation_loader(self, part: str) -> DataLoader[Any]:
         dataset = self._dataset(part)
+        self._check_shares(f"data.{part}", len(dataset))
         return self._loader(dataset, ShardSampler(len(dataset), **self._ranks()))
 
     def _loader(self, dataset: Dataset, sampler: EpochSampler | ShardSampler) -> DataLoader[Any]:

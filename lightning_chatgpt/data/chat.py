@@ -116,14 +116,13 @@ class ChatDataModule(TokenDataModule[Conversation]):
         room = self.max_length - self.max_new_tokens
         if room < 1:
             raise ConfigError(f"data.max_new_tokens {self.max_new_tokens} leaves no room for a prompt in max_length {self.max_length}")
+        self._check_shares("data.predict", len(self.prompts))
         tokenizer = self.tokenizer
 
         def collate_numbered(numbers: list[int]) -> Any:
-            chosen = [(number, self.prompts[number]) for number in numbers]
-            return collate_prompts(
-                [(n, chat, encode_prompt(chat.prompt_and_reference()[0], tokenizer=tokenizer, max_length=room)) for n, chat in chosen],
-                max_new_tokens=self.max_new_tokens,
-            )
+            chats = [self.prompts[number] for number in numbers]
+            prompts = [encode_prompt(c.prompt_and_reference()[0], tokenizer=tokenizer, max_length=room) for c in chats]
+            return collate_prompts(list(zip(chats, prompts, strict=True)), max_new_tokens=self.max_new_tokens)
 
         return DataLoader(
             range(len(self.prompts)),  # type: ignore[arg-type]

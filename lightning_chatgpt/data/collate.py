@@ -39,13 +39,11 @@ class PromptBatch(TypedDict):
     """What replies are predicted for; the lists have one entry for each of the B conversations.
 
     Attributes:
-        index: Places in the source, from 0.
         conversations: Ids, prompt messages and, where there is one, the reference reply.
         prompt_ids: Token ids of each prompt.
         max_new_tokens: Tokens a reply may have.
     """
 
-    index: list[int]
     conversations: list[dict[str, Any]]
     prompt_ids: list[list[int]]
     max_new_tokens: int
@@ -72,15 +70,14 @@ def collate(examples: Sequence[Example], *, pad_token_id: int) -> Batch:
     )
 
 
-def collate_prompts(items: Sequence[tuple[int, Conversation, list[int]]], *, max_new_tokens: int) -> PromptBatch:
+def collate_prompts(items: Sequence[tuple[Conversation, list[int]]], *, max_new_tokens: int) -> PromptBatch:
     """Put conversations to be answered together; nothing is padded yet."""
     described = []
-    for _, conversation, _ in items:
+    for conversation, _ in items:
         prompt, reference = conversation.prompt_and_reference()
         described.append({"id": conversation.id, "prompt": prompt.to_dict()["messages"], "reference": reference})
     return PromptBatch(
-        index=[index for index, _, _ in items],
         conversations=described,
-        prompt_ids=[prompt_ids for _, _, prompt_ids in items],
+        prompt_ids=[prompt_ids for _, prompt_ids in items],
         max_new_tokens=max_new_tokens,
     )

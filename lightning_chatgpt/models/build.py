@@ -110,6 +110,8 @@ def _download(name: str) -> Path:
         raise ModelError(f"{name}: no such folder here and no such model on the hub (or it needs a login)") from None
     except HfHubHTTPError as error:
         raise ModelError(f"{name}: the hub answered {str(error).splitlines()[0]}") from None
+    except OSError as error:
+        raise ModelError(f"{name}: the download broke off ({str(error).splitlines()[0]}); try again") from None
     if not is_complete(folder):
         raise ModelError(f"{name}: the hub's model has no safetensors weights; convert it, or take one that has")
     return folder
@@ -220,7 +222,14 @@ def scratch_config(architecture: Mapping[str, Any], *, vocab_size: int | None = 
         raise ConfigError(f"model.architecture.vocab_size {asked} is less than the tokenizer's {vocab_size}; leave it out")
     # GPT-2's own control tokens are beyond a smaller vocabulary; the tokenizer's are set when there is one.
     own = {"bos_token_id": None, "eos_token_id": None, "vocab_size": vocab_size or 0}
-    config = GPT2Config(**{**own, **architecture})
+    for key in ("n_layer", "n_head", "n_embd", "n_positions"):
+        value = architecture.get(key, 1)
+        if not isinstance(value, int) or value < 1:
+            raise ConfigError(f"model.architecture.{key} must be a whole number of at least 1, not {value!r}")
+    try:
+        config = GPT2Config(**{**own, **architecture})
+    except Exception as error:  # transformers' validation has exceptions of its own kind
+        raise ConfigError(f"model.architecture cannot be used: {' '.join(str(error).split())}") from None
     if config.n_embd % config.n_head:
         raise ConfigError(f"model.architecture: n_embd {config.n_embd} is not a multiple of n_head {config.n_head}")
     return config

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from lightning_chatgpt.chat.tokenizer import load_tokenizer, token_byte_lengths, tokenizer_from_state, tokenizer_state
-from lightning_chatgpt.errors import ConfigError
+from lightning_chatgpt.errors import ConfigError, ModelError
 from lightning_chatgpt.generation.generate import generate_replies
 from lightning_chatgpt.metrics.perplexity import BitsPerByte, MeanLoss, Perplexity, TokenAccuracy
 from lightning_chatgpt.models import build
@@ -157,9 +158,19 @@ class CausalLMModule(LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Build the network that the checkpoint's weights fit."""
-        if not self.is_built:
-            self._build_from_checkpoint(checkpoint[build.CHECKPOINT_KEY])
+        """Build the network that the checkpoint's weights fit.
+
+        Raises:
+            ModelError: The network is built already, for another tokenizer.
+        """
+        saved = checkpoint[build.CHECKPOINT_KEY]
+        if self.tokenizer is None:
+            self._build_from_checkpoint(saved)
+        elif tokenizer_from_state(saved["tokenizer"]).get_vocab() != self.tokenizer.get_vocab():
+            raise ModelError(
+                "the checkpoint's tokenizer is not the data's; load the model by load_from_checkpoint first, "
+                "or set trainer.ckpt_path before fit, validate or predict"
+            )
 
     def _build_from_checkpoint(self, saved: dict[str, Any]) -> None:
         tokenizer = tokenizer_from_state(saved["tokenizer"])
@@ -212,13 +223,12 @@ class CausalLMModule(LightningModule):
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
         """Answer a batch of prompts greedily.
 
-        Returns: for each conversation its index, id, prompt messages, reply, reference, token counts and finish reason.
+        Returns: for each conversation its id, prompt messages, reply, reference, token counts and finish reason.
         """
         assert self.tokenizer is not None
         replies = generate_replies(self.network, self.tokenizer, batch["prompt_ids"], max_new_tokens=batch["max_new_tokens"])
         return [
             {
-                "index": index,
                 "id": chat["id"],
                 "prompt": chat["prompt"],
                 "reply": reply.text,
@@ -227,7 +237,7 @@ class CausalLMModule(LightningModule):
                 "completion_tokens": reply.n_tokens,
                 "finish_reason": reply.finish_reason,
             }
-            for index, chat, prompt_ids, reply in zip(batch["index"], batch["conversations"], batch["prompt_ids"], replies, strict=True)
+            for chat, prompt_ids, reply in zip(batch["conversations"], batch["prompt_ids"], replies, strict=True)
         ]
 
     def configure_optimizers(self) -> Any:
@@ -242,12 +252,13 @@ class CausalLMModule(LightningModule):
         schedule = build_schedule(optimizer, schedule=self.schedule, warmup_steps=self.warmup_steps, total_steps=total_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def export(self, folder: str | Path, *, checkpoint: str | Path | None = None) -> Path:
+    def export(self, folder: str | Path, *, checkpoint: str | Path | None = None, facts: Mapping[str, object] | None = None) -> Path:
         """Write the network as a plain transformers folder.
 
         Args:
             folder: Where to.
             checkpoint: Weights to take in place of the current ones, such as the best of the run.
+            facts: What the model card tells besides, such as the validation loss.
 
         Raises:
             ModelError: The checkpoint cannot be read.
@@ -256,8 +267,5 @@ class CausalLMModule(LightningModule):
 
         assert self.tokenizer is not None
         network = build.load_model(checkpoint).network if checkpoint is not None else self.network
-        facts: dict[str, object] = {"Started from": self.pretrained or "scratch"}
-        metrics = self.trainer.callback_metrics if self._trainer is not None else {}
-        if checkpoint is None:
-            facts |= {name: f"{value:.4f}" for name, value in metrics.items() if name.startswith("val_")}
-        return export_folder(network, self.tokenizer, folder, facts=facts)
+        told = {"Started from": self.pretrained or "scratch", **(facts or {})}
+        return export_folder(network, self.tokenizer, folder, facts=told)

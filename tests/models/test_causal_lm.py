@@ -72,7 +72,7 @@ def test_export_answers_the_same_in_plain_transformers(taught: tuple, tmp_path: 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     module = taught[0]
-    folder = module.export(tmp_path / "hf")
+    folder = module.export(tmp_path / "hf", facts={"val_loss": "0.1234"})
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
     for question, answer in PAIRS:
@@ -83,7 +83,7 @@ def test_export_answers_the_same_in_plain_transformers(taught: tuple, tmp_path: 
         # It stops by itself: the end token is in the folder's generation_config.
         assert tokenizer.decode(reply) == f"{answer}<|im_end|>"
     card = (folder / "README.md").read_text()
-    assert card.startswith("---\nlibrary_name: transformers") and "val_loss" in card
+    assert card.startswith("---\nlibrary_name: transformers") and "| val_loss | 0.1234 |" in card
 
 
 def test_predictions_have_replies_references_and_counts(taught: tuple, write_chats: Callable[..., Path]) -> None:
@@ -172,3 +172,18 @@ def test_a_schedule_shorter_than_its_warmup_is_warned_about(plain_gpt2: Path, tm
 def test_plain_data_in_hyper_parameters() -> None:
     module = CausalLMModule(architecture=ARCHITECTURE, warmup_steps=3)
     assert json.loads(json.dumps(dict(module.hparams)))["architecture"] == ARCHITECTURE
+
+
+def test_data_of_another_model_is_refused(plain_gpt2: Path, tmp_path: Path, write_chats: Callable[..., Path]) -> None:
+    """Guards against training on another vocabulary's ids."""
+    source = str(write_chats([chat(*pair) for pair in PAIRS] * 4))
+    data = ChatDataModule(train=source, validation=None, vocab_size=300)
+    scratch = CausalLMModule(architecture=ARCHITECTURE)
+    run = trainer(tmp_path, max_steps=1)
+    run.fit(scratch, data)
+    with pytest.raises(UserError, match="another model's tokenizer"):
+        trainer(tmp_path, max_steps=1).fit(CausalLMModule(pretrained=str(plain_gpt2)), data)
+    run.save_checkpoint(tmp_path / "x.ckpt")
+    with pytest.raises(UserError, match="the checkpoint's tokenizer is not the data's"):
+        other = ChatDataModule(train=source, validation=None, vocab_size=280)
+        trainer(tmp_path, max_steps=2).fit(CausalLMModule(architecture=ARCHITECTURE), other, ckpt_path=tmp_path / "x.ckpt")

@@ -309,7 +309,7 @@ def test_overlays_change_where_and_nothing_else(name: str, tmp_path: Path, monke
     for key in ("model", "data", "samples", "checkpoint", "seed_everything"):
         assert plain[key] == overlaid[key]
     changed = {k for k, v in vars(plain["trainer"]).items() if vars(overlaid["trainer"])[k] != v}
-    assert "strategy" in changed and changed <= {"strategy", "accelerator", "devices", "precision"}
+    assert "strategy" in changed and changed <= {"strategy", "accelerator", "devices", "precision", "gradient_clip_val"}
 
 
 def test_help_of_every_verb(capsys: pytest.CaptureFixture[str]) -> None:

@@ -44,7 +44,14 @@ class RunCheckpoint(ModelCheckpoint):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the best and, where these weights are none of the best, ``last.ckpt`` alone."""
         super().on_validation_end(trainer, pl_module)
-        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+        is_saving_time = not self._should_save_on_train_epoch_end(trainer)
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and is_saving_time:
+            self._save_last(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The same, where Lightning saves at the end of an epoch."""
+        super().on_train_epoch_end(trainer, pl_module)
+        if self._should_save_on_train_epoch_end(trainer):
             self._save_last(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -4,12 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from lightning_chatgpt import CausalLMModule, ChatDataModule, RunCheckpoint
 from tests.conftest import ARCHITECTURE, chat, trainer
+
+
+def test_last_is_written_also_when_validation_got_worse(tmp_path: Path, write_chats: Callable[..., Path]) -> None:
+    """Guards against a last.ckpt that is as old as the best: Lightning writes it along with a best one only."""
+    source = str(write_chats([chat(f"q{i}", f"a{i}") for i in range(8)]))
+    held_out = str(write_chats([chat("something", "else altogether")], "held_out.jsonl"))
+    module = CausalLMModule(architecture=ARCHITECTURE, learning_rate=0.1, schedule="constant")
+    data = ChatDataModule(train=source, validation=held_out, vocab_size=300, batch_size=4)
+    steps: list[int] = []
+
+    class Watch(RunCheckpoint):
+        def on_train_epoch_end(self, *arguments: Any) -> None:
+            super().on_train_epoch_end(*arguments)
+            steps.append(torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"])
+
+    checkpoint = Watch(dirpath=tmp_path, save_last=True)
+    trainer(tmp_path, max_epochs=5, callbacks=[checkpoint], enable_checkpointing=True).fit(module, data)
+    assert steps == [2, 4, 6, 8, 10]
+    assert "step=10" not in checkpoint.best_model_path  # it did get worse
 
 
 @pytest.mark.parametrize("validation", [True, False])

@@ -283,7 +283,7 @@ def test_every_shipped_config_runs(name: str, tmp_path: Path, plain_gpt2: Path, 
     if name in ("base", "chitchat", "pretrain"):
         extra = ["--data.train", "corpus:chatterbot/english"]  # read in a moment; nothing else about them changes
     if name == "gpt2":
-        extra = ["--model.pretrained", str(plain_gpt2)]
+        extra = ["--model.pretrained", str(plain_gpt2), "--data.train", "corpus:chatterbot/english", "--data.max_length", "128"]
     run("fit", "-c", f"lightning_chatgpt:{name}", *SHORT, *extra, cwd=tmp_path)
     assert (tmp_path / f"runs/{name}/hf/model.safetensors").is_file()
     if name == "pretrain":

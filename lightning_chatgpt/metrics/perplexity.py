@@ -6,13 +6,11 @@ Each keeps two sums, so a figure is the same whatever the batches and however ma
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
-from typing_extensions import Self
 
 
 class _Ratio(Metric):
@@ -29,10 +27,10 @@ class _Ratio(Metric):
         self.add_state("numerator", torch.zeros((), dtype=dtype), dist_reduce_fx="sum")
         self.add_state("denominator", torch.zeros((), dtype=dtype), dist_reduce_fx="sum")
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Self:
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
         # A network moved to half precision must not take its sums along: bfloat16 counts 256 + 1 as 256.
         dtype = self.numerator.dtype
-        super()._apply(fn, *args, **kwargs)
+        super()._apply(*args, **kwargs)
         self.numerator, self.denominator = self.numerator.to(dtype), self.denominator.to(dtype)
         self._defaults = {name: zero.to(dtype) for name, zero in self._defaults.items() if isinstance(zero, Tensor)}
         return self

@@ -51,6 +51,7 @@ class _Turn:
 
     @property
     def is_learnt(self) -> bool:
+        """Whether any of its tokens counts in the loss."""
         return any(piece.weight for piece in self.pieces)
 
 

@@ -9,6 +9,7 @@ from lightning_chatgpt import __version__
 from lightning_chatgpt.errors import ConfigError, UserError
 
 _TRAINER_VERBS = {
+    "inspect": "see what the data holds and what the model will be fed",
     "fit": "train a model",
     "validate": "score a model on the validation split",
     "test": "score a model on the test split",

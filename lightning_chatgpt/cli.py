@@ -22,6 +22,7 @@ from lightning_chatgpt.callbacks.export import HuggingFaceExport
 from lightning_chatgpt.callbacks.predictions import PredictionWriter
 from lightning_chatgpt.callbacks.samples import SampleGeneration
 from lightning_chatgpt.callbacks.throughput import TokenThroughput
+from lightning_chatgpt.commands.inspect import InspectTrainer
 from lightning_chatgpt.configuration import check_keys, one_line, resolve_arguments
 from lightning_chatgpt.data.chat import ChatDataModule
 from lightning_chatgpt.errors import ConfigError
@@ -97,12 +98,18 @@ class ChatCLI(LightningCLI):
             subclass_mode_model=True,
             subclass_mode_data=True,
             save_config_callback=RunFolder if self.arguments[:1] == ["fit"] else None,
+            trainer_class=InspectTrainer if self.arguments[:1] == ["inspect"] else Trainer,
             trainer_defaults={"default_root_dir": "runs/default", "use_distributed_sampler": False},
             seed_everything_default=0,
             parser_class=ChatArgumentParser,
             auto_configure_optimizers=False,
             args=self.arguments,
         )
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # Lightning's is static, and called on self
+        """The verb that was asked for, and what of its Trainer method is no setting; a parser for each of them would take its time."""
+        known = {**super().subcommands(), "inspect": {"model", "datamodule"}}
+        return {verb: known[verb] for verb in self.arguments[:1]}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the callback groups and our defaults."""
@@ -153,7 +160,7 @@ class ChatCLI(LightningCLI):
         taken = [path for path in _run_files(folder) if path.name == "config.yaml" or path.suffix == ".ckpt"]
         if config.get("overwrite") and config["ckpt_path"] is not None:
             raise ConfigError("overwrite and ckpt_path exclude each other: a run is removed or gone on with; leave one out")
-        if self.subcommand != "fit" and taken and config["ckpt_path"] is None:
+        if self.subcommand not in ("fit", "inspect") and taken and config["ckpt_path"] is None:
             rank_zero_warn(f"{self.subcommand} takes the model before training; for what {folder} learnt add --ckpt_path best")
         if self.subcommand != "fit" or not taken or config["overwrite"] or getattr(rank_zero_only, "rank", 0):
             return
@@ -184,7 +191,7 @@ class ChatCLI(LightningCLI):
 
 
 def run_trainer_verb(arguments: Sequence[str]) -> None:
-    """Run fit, validate, test or predict.
+    """Run fit, validate, test, predict or inspect.
 
     Args:
         arguments: The command line, from the verb on.

@@ -4,6 +4,11 @@ Every message says what happened, where, the value, and the remedy, in one line.
 exit code 2; in Python it is an ordinary exception.
 """
 
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
 
 class UserError(ValueError):
     """Something the user gave cannot be used; the message is one line and names the remedy."""
@@ -21,3 +26,10 @@ class ModelError(UserError):
 
 class ConfigError(UserError):
     """A setting is unknown, out of range, or contradicts another."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The remedy for a name that is not known: the nearest that is, or else all of them."""
+    names = list(dict.fromkeys(known))
+    near = difflib.get_close_matches(name, names, n=1)
+    return f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"

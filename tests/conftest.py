@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: a test that needs the network is a bug
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["LIGHTNING_CHATGPT_CACHE"] = tempfile.mkdtemp(prefix="lightning_chatgpt-tests-")
 
 import pytest
 

@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "lightning_chatgpt"
 # A room may import rooms of a lower floor, and its own. One door is open besides: data and models meet in the Batch.
 FLOORS = {
     "errors": 0,
+    "hub": 1,
     "chat": 1,
     "generation": 2,
     "metrics": 2,

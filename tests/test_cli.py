@@ -47,7 +47,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = {
         "trainer": {"default_root_dir": "runs/mine", "max_epochs": 2, "accelerator": "cpu", "log_every_n_steps": 1},
         "model": {"architecture": ARCHITECTURE, "learning_rate": 1e-2},
-        "data": {"train": "chats.jsonl", "validation": "chats.jsonl", "vocab_size": 300, "batch_size": 4},
+        "data": {"train": "chats.jsonl", "validation": "chats.jsonl", "max_leak": None, "vocab_size": 300, "batch_size": 4},
         "samples": {"prompts": ["Hello", "[b]Bye[/b]"], "max_new_tokens": 8},
         "throughput": {"window_size": 2},
     }
@@ -181,7 +181,7 @@ def test_chat_takes_lines_from_a_pipe(finished: Path) -> None:
         (["fit", "-c", "mine.yaml", "--model.class_path", "no.Such"], "class_path no.Such: cannot be imported"),
         (["fit", "-c", "fresh.yaml", "--data.train", "nofile.jsonl"], "nofile.jsonl: no such file or folder"),
         (["fit", "-c", "fresh.yaml", "--data.train", "bad.jsonl"], "bad.jsonl:2: message 1: role 'bot' is unknown"),
-        (["fit", "-c", "fresh.yaml", "--data.train", "cut.jsonl"], "cut.jsonl:2: broken JSON at column"),
+        (["fit", "-c", "fresh.yaml", "--data.train", "cut.jsonl"], "cut.jsonl:2: the file ends at byte"),
         (["fit", "-c", "fresh.yaml", "--data.max_length", "4096"], "data.max_length 4096 is more than the model's 128 positions"),
         (["fit", "-c", "fresh.yaml", "--model.architecture", "null", "--model.pretrained", "gpt2"], "gpt2: no such folder here"),
         (["fit", "-c", "mine.yaml", "--ckpt_path", "last", "--overwrite", "true"], "overwrite and ckpt_path exclude each other"),

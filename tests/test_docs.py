@@ -112,7 +112,9 @@ def test_every_shipped_config_is_in_the_docs() -> None:
 
 
 def test_json_in_the_docs_is_read(tmp_path: Path) -> None:
-    from lightning_chatgpt.chat.schemas import parse_openai
+    from lightning_chatgpt.data.sources import read_conversations
 
     for text in re.findall(r"^```json\n(.*?)^```", (ROOT / "docs" / "data.md").read_text(), re.MULTILINE | re.DOTALL):
-        assert parse_openai(json.loads(text), default_id="docs").messages
+        path = tmp_path / "docs.jsonl"
+        path.write_text("".join(json.dumps(json.loads(line)) + "\n" for line in text.splitlines()))
+        assert len(list(read_conversations(str(path)))) == len(text.splitlines())

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_utilities.core.rank_zero import rank_zero_only
 
 from lightning_chatgpt.chat.conversation import Conversation, Message
-from lightning_chatgpt.chat.encoding import encode_prompt
+from lightning_chatgpt.chat.encoding import Encoder
 from lightning_chatgpt.errors import ConfigError
 from lightning_chatgpt.generation.generate import check_sampling, generate_replies, max_positions
 
@@ -96,7 +96,8 @@ class SampleGeneration(Callback):
     def _replies(self, pl_module: Any) -> list[Reply]:
         room = max_positions(pl_module.network) - self.max_new_tokens
         chats = [Conversation((Message("user", prompt),)) for prompt in self.prompts]
-        prompt_ids = [encode_prompt(chat, tokenizer=pl_module.tokenizer, max_length=room) for chat in chats]
+        encoder = Encoder(pl_module.tokenizer, max_length=room)
+        prompt_ids = [encoder.encode_prompt(chat) for chat in chats]
         return generate_replies(pl_module.network, pl_module.tokenizer, prompt_ids, max_new_tokens=self.max_new_tokens, **self.sampling)
 
     @rank_zero_only

@@ -1,4 +1,4 @@
-"""Segments to token ids and loss weights.
+"""Conversations to token ids and loss weights.
 
 Ids and weights are built together, piece by piece, so that they cannot disagree: a control token's id is inserted by us,
 and text is encoded with every special token switched off, so nothing a user types becomes a control token.
@@ -8,19 +8,19 @@ Shapes: an Example's lists all have length T, at most ``max_length``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import chain
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain, islice
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lightning_chatgpt.chat.conversation import Conversation
-from lightning_chatgpt.chat.template import Segment, Supervise, message_segments, reply_segments
+from lightning_chatgpt.chat.conversation import Conversation, Message
+from lightning_chatgpt.chat.jinja import template_of
+from lightning_chatgpt.chat.template import Segment, Supervise, Turn, is_learnt, supervised_roles
+from lightning_chatgpt.chat.truncation import EncodedTurn, Truncation, drop_unlearnt_end, fit
 from lightning_chatgpt.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-Truncation = Literal["drop_oldest", "split"]
 
 _CHATS_AT_ONCE = 1000  # bounds memory while encoding; the tokenizer's threads are busy from some hundreds on
 
@@ -32,147 +32,196 @@ class Example(NamedTuple):
     loss_weights: list[float]
 
 
-@dataclass(slots=True)
-class _Piece:
-    ids: list[int]
-    weight: float
-    is_content: bool
+@dataclass(frozen=True, slots=True)
+class EncodedChat:
+    """What became of one conversation.
 
+    Attributes:
+        examples: Its examples, in order: one; with ``split`` one or more; with ``skip`` none where it was too long.
+        n_tokens: Tokens of the whole conversation.
+        n_supervised: Tokens of it that were to be learnt.
+        n_lost: How many of those truncation took away.
+        is_cut: Whether a single message lost its middle.
+    """
 
-@dataclass(slots=True)
-class _Turn:
-    """One encoded message."""
-
-    role: str
-    pieces: list[_Piece]
-
-    def __len__(self) -> int:
-        return sum(len(piece.ids) for piece in self.pieces)
+    examples: list[Example]
+    n_tokens: int
+    n_supervised: int
+    n_lost: int
+    is_cut: bool
 
     @property
-    def is_learnt(self) -> bool:
-        """Whether any of its tokens counts in the loss."""
-        return any(piece.weight for piece in self.pieces)
+    def is_truncated(self) -> bool:
+        """Whether it was too long."""
+        return sum(len(example.input_ids) for example in self.examples) != self.n_tokens or len(self.examples) != 1
 
 
-def encode_conversations(
-    conversations: Sequence[Conversation],
-    *,
-    tokenizer: PreTrainedTokenizerFast,
-    max_length: int,
-    truncation: Truncation = "drop_oldest",
-    supervise: Supervise = "assistant",
-) -> Iterator[list[Example]]:
-    """Encode conversations for training.
+class Encoder:
+    """Turns conversations into examples, many at a time.
 
     Args:
-        conversations: What to encode.
-        tokenizer: Has the chat's control tokens (``chat.tokenizer.add_chat_tokens``).
+        tokenizer: Carries the template (``chat.tokenizer.set_template``).
         max_length: Tokens an example may have at the most.
         truncation: What happens to a longer conversation. ``drop_oldest`` keeps the system message and the latest whole
-            exchanges; ``split`` makes several examples of it, each with the system message. Only an exchange that is by
-            itself too long is cut, from the middle of its longest message; the end token is never lost.
-        supervise: Whose words are learnt.
+            exchanges; ``split`` makes several examples of it, each with the system message; ``skip`` leaves it out; ``error``
+            refuses it. With the first two, an exchange that is by itself too long is cut, from the middle of its longest message;
+            the end token is never lost.
+        supervise: Whose words are learnt: ``assistant``, ``last`` (the assistant's last message), ``all``, or a list of roles.
 
-    Yields: for each conversation its examples, in order: one, or with ``split`` one or more.
+    Raises:
+        ConfigError: ``supervise`` names no role.
     """
-    for start in range(0, len(conversations), _CHATS_AT_ONCE):
-        chats = conversations[start : start + _CHATS_AT_ONCE]
-        written = [(message.role, message_segments(message, supervise=supervise)) for chat in chats for message in chat.messages]
-        turns = iter(_encode_turns(written, tokenizer))
-        for chat in chats:
-            chat_turns = [next(turns) for _ in chat.messages]
-            # What comes after the last word that is learnt teaches nothing, and would push out what does.
-            while len(chat_turns) > 1 and not chat_turns[-1].is_learnt and sum(map(len, chat_turns)) > max_length:
-                chat_turns.pop()
-            windows = _fit(chat_turns, max_length=max_length, truncation=truncation)
-            yield [_to_example(window) for window in windows]
 
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        *,
+        max_length: int,
+        truncation: Truncation = "drop_oldest",
+        supervise: Supervise = "assistant",
+    ) -> None:
+        supervised_roles(supervise)
+        self.tokenizer = tokenizer
+        self.template = template_of(tokenizer)
+        self.max_length = max_length
+        self.truncation: Truncation = truncation
+        self.supervise = supervise
+        self._frames: dict[tuple[Segment, ...], tuple[list[int], list[float]]] = {}
 
-def encode_prompt(conversation: Conversation, *, tokenizer: PreTrainedTokenizerFast, max_length: int) -> list[int]:
-    """Encode a conversation up to where the assistant is about to speak.
+    def encode(self, conversations: Iterable[Conversation]) -> Iterator[EncodedChat]:
+        """Encode conversations for training.
 
-    The ids are a prefix of what :func:`encode_conversations` gives for the conversation with any reply added.
+        Yields: what became of each.
 
-    Args:
-        conversation: What was said so far.
-        tokenizer: Has the chat's control tokens.
-        max_length: Tokens the prompt may have at the most; the oldest exchanges are left out to fit.
-    """
-    written = [(message.role, message_segments(message)) for message in conversation.messages]
-    *turns, opening = _encode_turns([*written, ("assistant", reply_segments())], tokenizer)
-    (window,) = _fit(turns, max_length=max_length - len(opening), truncation="drop_oldest")
-    return _to_example([*window, opening]).input_ids
+        Raises:
+            DataError: The template cannot write one of them, one is too long under ``error``, or ``max_length`` leaves no room.
+        """
+        rest = iter(conversations)
+        while chats := list(islice(rest, _CHATS_AT_ONCE)):
+            written = [self._write(chat) for chat in chats]
+            ids_of = self._encode_texts(turn.content for turns in written for turn in turns)
+            for chat, turns in zip(chats, written, strict=True):
+                yield self._encode_chat(chat, self._encode_turns(chat.messages, turns, ids_of))
 
+    def encode_prompt(self, conversation: Conversation) -> list[int]:
+        """Encode a conversation up to where the assistant is about to speak; the oldest exchanges are left out to fit.
 
-def _encode_turns(written: Sequence[tuple[str, list[Segment]]], tokenizer: PreTrainedTokenizerFast) -> list[_Turn]:
-    texts = list({s.text: None for _, segments in written for s in segments if not s.is_control and s.text})
-    encoded = (
-        tokenizer(texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False)["input_ids"] if texts else []
-    )
-    ids_of_text = dict(zip(texts, encoded, strict=True))
-    ids_of_text[""] = []
+        The ids are a prefix of what :meth:`encode` gives for the conversation with any reply added.
+        """
+        messages = conversation.messages
+        written, opening = self.template.write_prompt(messages)
+        turns = self._encode_turns(messages, written, self._encode_texts(turn.content for turn in written))
+        opening_ids = self._frame(opening)[0]
 
-    def piece(segment: Segment) -> _Piece:
-        ids: Any = tokenizer.convert_tokens_to_ids([segment.text]) if segment.is_control else ids_of_text[segment.text]
-        return _Piece(ids, segment.weight, segment.is_content)
+        def rewrite(window: list[EncodedTurn]) -> list[EncodedTurn]:
+            chosen = [messages[turn.number] for turn in window]
+            return self._with_contents(self.template.write_prompt(chosen)[0], chosen, window)
 
-    return [_Turn(role, [piece(segment) for segment in segments]) for role, segments in written]
+        (window,) = self._windows(turns, max_length=self.max_length - len(opening_ids), truncation="drop_oldest", rewrite=rewrite)
+        return [*chain.from_iterable(turn.ids() for turn in window), *opening_ids]
 
-
-def _fit(turns: list[_Turn], *, max_length: int, truncation: Truncation) -> list[list[_Turn]]:
-    """Cut a conversation's turns into windows of at most ``max_length`` tokens, between whole exchanges."""
-    if sum(map(len, turns)) <= max_length:
-        return [turns]
-    n_system = next((i for i, turn in enumerate(turns) if turn.role != "system"), len(turns))
-    system = _shorten(turns[:n_system], max_length=max_length - max_length // 4)  # leaves the exchanges some room
-    room = max_length - sum(map(len, system))
-    exchanges = [_shorten(exchange, max_length=room) for exchange in _exchanges(turns[n_system:])]
-    windows: list[list[_Turn]] = []
-    n_free = 0
-    # From the latest backwards, so that with either policy the newest exchanges share a full window.
-    for exchange in reversed(exchanges):
-        length = sum(map(len, exchange))
-        if windows and length <= n_free:
-            windows[-1] = exchange + windows[-1]
-        elif windows and truncation == "drop_oldest":
-            break
+    def _encode_chat(self, chat: Conversation, turns: list[EncodedTurn]) -> EncodedChat:
+        n_tokens = sum(map(len, turns))
+        n_supervised = sum(turn.n_supervised() for turn in turns)
+        if n_tokens <= self.max_length:
+            windows = [turns]
+        elif self.truncation == "error":
+            raise DataError(
+                f"{chat.id}: {n_tokens} tokens are more than data.max_length {self.max_length}; raise it, or set data.truncation to "
+                "drop_oldest, split or skip"
+            )
+        elif self.truncation == "skip":
+            windows = []
         else:
-            windows.append(exchange)
-            n_free = room
-        n_free -= length
-    return [system + window for window in reversed(windows)] or [system]
+
+            def rewrite(window: list[EncodedTurn]) -> list[EncodedTurn]:
+                chosen = [chat.messages[turn.number] for turn in window]
+                return self._with_contents(self.template.write(chosen), chosen, window)
+
+            turns = drop_unlearnt_end(turns, max_length=self.max_length)
+            windows = self._windows(turns, max_length=self.max_length, truncation=self.truncation, rewrite=rewrite)
+        n_kept = sum(turn.n_supervised() for turns in windows for turn in turns)
+        return EncodedChat(
+            [_to_example(window) for window in windows],
+            n_tokens=n_tokens,
+            n_supervised=n_supervised,
+            n_lost=max(0, n_supervised - n_kept),
+            is_cut=any(turn.is_cut for window in windows for turn in window),
+        )
+
+    def _windows(self, turns: list[EncodedTurn], *, max_length: int, truncation: Truncation, rewrite: Any) -> list[list[EncodedTurn]]:
+        room = max_length
+        while True:
+            windows = fit(turns, max_length=room, truncation=truncation)
+            if self.template.is_additive or windows == [turns]:
+                return windows
+            # A template may write what is left differently, such as a default system message in place of the first.
+            windows = [rewrite(window) for window in windows]
+            excess = max(sum(map(len, window)) for window in windows) - max_length
+            if excess <= 0:
+                return windows
+            room -= excess
+
+    def _write(self, chat: Conversation) -> list[Turn]:
+        try:
+            return self.template.write(chat.messages)
+        except DataError as error:
+            raise DataError(f"{chat.id}: {error}") from None
+
+    def _encode_texts(self, texts: Iterable[str]) -> dict[str, list[int]]:
+        distinct = [text for text in dict.fromkeys(texts) if text]
+        return {"": [], **dict(zip(distinct, encode_texts(distinct, tokenizer=self.tokenizer), strict=True))}
+
+    def _encode_turns(self, messages: Sequence[Message], turns: list[Turn], ids_of: dict[str, list[int]]) -> list[EncodedTurn]:
+        learnt = is_learnt(messages, self.supervise)
+        frames = self._frames
+        encoded = []
+        for number, (message, turn, learns) in enumerate(zip(messages, turns, learnt, strict=True)):
+            before, before_weights = frames.get(turn.before) or self._frame(turn.before)
+            after, after_weights = frames.get(turn.after) or self._frame(turn.after)
+            weight = float(message.weight) if learns else 0.0
+            encoded.append(EncodedTurn(turn.role, number, weight, ids_of[turn.content], before, before_weights, after, after_weights))
+        return encoded
+
+    def _with_contents(self, written: list[Turn], messages: Sequence[Message], window: list[EncodedTurn]) -> list[EncodedTurn]:
+        """New markers around contents that are encoded already and may have been cut."""
+        fresh = []
+        for turn, old in zip(written, window, strict=True):
+            (before, before_weights), (after, after_weights) = self._frame(turn.before), self._frame(turn.after)
+            fresh.append(replace(old, before=before, before_weights=before_weights, after=after, after_weights=after_weights))
+        return fresh
+
+    def _frame(self, segments: tuple[Segment, ...]) -> tuple[list[int], list[float]]:
+        """Ids of what stands around a content, and for each whether it is learnt with it (1) or not (0)."""
+        if segments not in self._frames:
+            texts = self._encode_texts(segment.text for segment in segments if not segment.is_control)
+            ids: list[int] = []
+            weights: list[float] = []
+            for segment in segments:
+                piece: Any = self.tokenizer.convert_tokens_to_ids([segment.text]) if segment.is_control else texts[segment.text]
+                ids += piece
+                weights += [float(segment.is_learnt)] * len(piece)
+            self._frames[segments] = ids, weights
+        return self._frames[segments]
 
 
-def _exchanges(turns: list[_Turn]) -> list[list[_Turn]]:
-    """Group turns into exchanges: what is said to the assistant, and its answer."""
-    exchanges: list[list[_Turn]] = []
+def encode_texts(texts: Sequence[str], *, tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
+    """Encode texts, on all cores; whatever they spell, no control token comes of it."""
+    backend = tokenizer.backend_tokenizer
+    was_encoding_special = backend.encode_special_tokens
+    backend.encode_special_tokens = True  # as ordinary text, that is
+    try:
+        return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+    finally:
+        backend.encode_special_tokens = was_encoding_special
+
+
+def _to_example(turns: list[EncodedTurn]) -> Example:
+    ids: list[int] = []
+    weights: list[float] = []
     for turn in turns:
-        starts = turn.role != "assistant" and (not exchanges or exchanges[-1][-1].role == "assistant")
-        if starts or not exchanges:
-            exchanges.append([])
-        exchanges[-1].append(turn)
-    return exchanges
-
-
-def _shorten(turns: list[_Turn], *, max_length: int) -> list[_Turn]:
-    """Cut the middle out of the longest contents until the turns fit."""
-    excess = sum(map(len, turns)) - max_length
-    while excess > 0:
-        pieces = (piece for turn in turns for piece in turn.pieces if piece.is_content)
-        longest = max(pieces, key=lambda piece: len(piece.ids), default=None)
-        if longest is None or len(longest.ids) < 2:
-            raise DataError(f"max_length is too short by {excess} tokens for a message's own markers and the system message; raise it")
-        n_kept = max(len(longest.ids) - excess, len(longest.ids) // 2)
-        excess -= len(longest.ids) - n_kept
-        n_head = (n_kept + 1) // 2
-        longest.ids = longest.ids[:n_head] + longest.ids[len(longest.ids) - (n_kept - n_head) :]
-    return turns
-
-
-def _to_example(turns: list[_Turn]) -> Example:
-    pieces = [piece for turn in turns for piece in turn.pieces]
-    return Example(
-        list(chain.from_iterable(piece.ids for piece in pieces)),
-        list(chain.from_iterable([piece.weight] * len(piece.ids) for piece in pieces)),
-    )
+        ids += turn.before
+        ids += turn.content
+        ids += turn.after
+        weights += turn.weights()
+    return Example(ids, weights)

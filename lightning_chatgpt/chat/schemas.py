@@ -1,53 +1,295 @@
-"""Records, as they stand in files, to conversations.
+"""Records, as they stand in files, to conversations: which schema a record follows, and what it says.
 
-One schema for now: OpenAI's fine-tuning format, ``{"messages": [{"role": …, "content": …, "weight": …}, …]}``.
+A schema is one function: a record in, its messages out, in OpenAI's format, or None where the record does not follow it.
+A user's own is named by its dotted path, or registered as an entry point in the group ``lightning_chatgpt.schemas``.
 """
 
 from __future__ import annotations
 
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from lightning_chatgpt.chat.conversation import Conversation, Message
-from lightning_chatgpt.errors import DataError
+from lightning_chatgpt.chat.conversation import Conversation
+from lightning_chatgpt.chat.faults import Faults
+from lightning_chatgpt.chat.plugins import find_function, plugin_names
+from lightning_chatgpt.chat.validation import check_each, check_order
+from lightning_chatgpt.errors import ConfigError, nearest
 
-_MESSAGE_KEYS = {"role", "content", "weight"}
+Schema = Callable[[Any], Any]
+
+ENTRY_POINTS = "lightning_chatgpt.schemas"
+_FIELDS = ("messages", "role", "content", "system", "user", "assistant", "weight", "name", "id")
+_MAX_LABEL_CHARS = 200
 
 
-def parse_openai(record: Any, *, default_id: str) -> Conversation:
-    """Read one record of OpenAI's fine-tuning format.
+def _said(role: str, content: Any) -> dict[str, Any]:
+    return {"role": role, "content": content}
+
+
+def _turns(value: Any, role: str) -> list[Any]:
+    """Messages where a dataset has either a text or a list of messages."""
+    return list(value) if isinstance(value, list) else [_said(role, value)]
+
+
+def _context(record: Mapping[str, Any], *names: str) -> str:
+    return "\n\n".join(str(record[name]) for name in names if record.get(name) not in (None, ""))
+
+
+def _system(record: Mapping[str, Any]) -> list[Any]:
+    return [_said("system", record["system"])] if record.get("system") else []
+
+
+def openai(record: Any) -> Any:
+    """``{"messages": [{"role", "content", "weight", "name", "tool_calls"}, …]}``."""
+    if "messages" not in record:
+        return None
+    messages = record["messages"]
+    # A table has no lists of objects in a text column: there they stand as JSON.
+    return json.loads(messages) if isinstance(messages, str) and messages.lstrip().startswith("[") else messages
+
+
+def sharegpt(record: Any) -> Any:
+    """``{"conversations": [{"from", "value"}, …], "system"}``."""
+    turns = next((record[key] for key in ("conversations", "conversation") if key in record), None)
+    if not isinstance(turns, list):
+        return turns
+    names = {"from": "role", "value": "content"}
+    renamed = [{names.get(k, k): v for k, v in turn.items()} if isinstance(turn, Mapping) else turn for turn in turns]
+    return [*_system(record), *renamed]
+
+
+def preference(record: Any) -> Any:
+    """``{"prompt", "chosen", "rejected"}``: chosen is what is learnt; rejected is kept for preference tuning."""
+    if "chosen" not in record or "rejected" not in record:
+        return None
+    chosen, rejected = _turns(record["chosen"], "assistant"), _turns(record["rejected"], "assistant")
+    # Some data sets repeat the prompt in both.
+    n_shared = next((i for i, pair in enumerate(zip(chosen, rejected, strict=False)) if pair[0] != pair[1]), 0)
+    prompt = [] if n_shared or "prompt" not in record else _turns(record["prompt"], "user")
+    return {**record, "messages": [*_system(record), *prompt, *chosen], "rejected": rejected[n_shared:]}
+
+
+def alpaca(record: Any) -> Any:
+    """``{"instruction", "input", "output", "history": [[question, answer], …], "system"}``."""
+    if "instruction" not in record or "output" not in record:
+        return None
+    history = [_said(role, text) for pair in record.get("history") or [] for role, text in zip(("user", "assistant"), pair, strict=True)]
+    question = _said("user", _context(record, "instruction", "input"))
+    return [*_system(record), *history, question, _said("assistant", record["output"])]
+
+
+def dolly(record: Any) -> Any:
+    """``{"instruction", "context", "response"}``."""
+    if "instruction" not in record or "response" not in record:
+        return None
+    return [*_system(record), _said("user", _context(record, "instruction", "context")), _said("assistant", record["response"])]
+
+
+def prompt_completion(record: Any) -> Any:
+    """``{"prompt", "completion"}`` (or ``response``): texts, or lists of messages."""
+    answer = next((key for key in ("completion", "response") if key in record), None)
+    if "prompt" not in record or answer is None:
+        return None
+    return [*_system(record), *_turns(record["prompt"], "user"), *_turns(record[answer], "assistant")]
+
+
+def question_answer(record: Any) -> Any:
+    """``{"question", "answer", "context"}``."""
+    if "question" not in record or "answer" not in record:
+        return None
+    return [*_system(record), _said("user", _context(record, "context", "question")), _said("assistant", record["answer"])]
+
+
+def lines(record: Any) -> Any:
+    """A list of texts (as in ChatterBot's YAML), or ``{"dialog": [text, …]}``: user and assistant by turns."""
+    said = record if isinstance(record, list) else next((record[key] for key in ("dialog", "dialogue", "lines") if key in record), None)
+    if not isinstance(said, list):
+        return None
+    return [_said(("user", "assistant")[i % 2], text) for i, text in enumerate(said)]
+
+
+SCHEMAS: dict[str, Schema] = {
+    "openai": openai,
+    "sharegpt": sharegpt,
+    "preference": preference,
+    "alpaca": alpaca,
+    "dolly": dolly,
+    "prompt_completion": prompt_completion,
+    "question_answer": question_answer,
+    "lines": lines,
+}
+# What tells a table's header from its first row.
+COLUMNS = frozenset(
+    "messages conversations conversation instruction input output history context response prompt completion question answer "
+    "chosen rejected system dialog dialogue lines".split()
+)
+
+
+class RecordParser:
+    """Turns records into conversations.
 
     Args:
-        record: The parsed JSON value.
-        default_id: The conversation's id where the record has no ``id`` of its own.
+        faults: Decides what is done about records that cannot be used.
+        schema: The schema that all records follow: one of :data:`SCHEMAS`, an entry point, or a function's dotted path. None
+            finds out for each record.
+        fields: Where a record in no known schema has what: ``user``, ``assistant`` and ``system``, or ``messages`` with ``role`` and
+            ``content`` in each; also ``id``, ``weight``, ``name``. Values are names of fields, with dots for nested ones.
+        roles: The user's own names for roles, each with the role it stands for.
+        split_by: A field whose value keeps conversations in one split; None takes the record's ``id``, or else its content.
+        needs_reply: Whether a conversation in which the assistant says nothing is a fault.
+
+    Attributes:
+        counts: How many records followed which schema.
 
     Raises:
-        DataError: The record is not of this format; the message says which part, without the place in the file.
+        ConfigError: A setting names something that is not there, or two contradict each other.
     """
-    if not isinstance(record, dict):
-        raise DataError(f'expected an object like {{"messages": [...]}}, found {type(record).__name__}')
-    if "messages" not in record:
-        found = ", ".join(map(repr, list(record)[:5])) or "no keys"
-        raise DataError(f"no 'messages' in the record (found {found}); write it as {{\"messages\": [...]}}")
-    messages = record["messages"]
-    if not isinstance(messages, list) or not messages:
-        raise DataError("'messages' must be a list of at least one message")
-    return Conversation(
-        tuple(_parse_message(message, number) for number, message in enumerate(messages, start=1)),
-        id=str(record.get("id", default_id)),
-    )
+
+    def __init__(
+        self,
+        *,
+        faults: Faults,
+        schema: str | None = None,
+        fields: Mapping[str, str] | None = None,
+        roles: Mapping[str, str] | None = None,
+        split_by: str | None = None,
+        needs_reply: bool = True,
+    ) -> None:
+        if schema is not None and fields:
+            raise ConfigError(f"data.schema {schema!r} and data.fields contradict each other; leave one out")
+        for field in fields or {}:
+            if field not in _FIELDS:
+                raise ConfigError(f"data.fields: {field!r} is unknown; {nearest(field, _FIELDS)}")
+        if fields and not ("messages" in fields or {"user", "assistant"} <= fields.keys()):
+            raise ConfigError("data.fields must say where messages is, or where user and assistant are")
+        for name, role in (roles or {}).items():
+            if role not in ("system", "user", "assistant", "tool"):
+                raise ConfigError(f"data.roles: {name!r} is mapped to {role!r}; map it to system, user, assistant or tool")
+        self.faults = faults
+        self.schema = find_schema(schema) if schema is not None else None
+        self.schema_name = schema or ("fields" if fields else "")
+        self.fields = dict(fields or {})
+        self.roles = dict(roles or {})
+        self.split_by = split_by
+        self.needs_reply = needs_reply
+        self.counts: Counter[str] = Counter()
+
+    def parse(self, record: Any, *, default_id: str) -> Conversation:
+        """Turn one record into a conversation.
+
+        Args:
+            record: The parsed value.
+            default_id: The conversation's id where the record has none of its own.
+
+        Raises:
+            DataError: A fault that is an error.
+            SkipRecord: A fault for which the record is left out.
+        """
+        name, found = self._apply_schema(record)
+        self.counts[name] += 1
+        if isinstance(found, Conversation):
+            return found
+        if isinstance(found, Mapping) and "messages" in found:
+            record, found = found, found["messages"]
+        if not isinstance(found, list):
+            self.faults.refuse("wrong_type", f"the messages ({name}) must be a list, found {type(found).__name__}; write them as a list")
+        messages = check_order(check_each(found, faults=self.faults, roles=self.roles), faults=self.faults, needs_reply=self.needs_reply)
+        about: Mapping[str, Any] = record if isinstance(record, Mapping) else {}
+        own_id = _look_up(about, self.fields.get("id", "id"))
+        rejected = about["rejected"] if name == "preference" else []
+        return Conversation(
+            messages,
+            id=default_id if own_id in (None, "") else str(own_id),
+            group=self._group(about, own_id),
+            labels=_labels(about),
+            rejected=check_each(rejected, faults=self.faults, roles=self.roles) if rejected else (),
+        )
+
+    def _apply_schema(self, record: Any) -> tuple[str, Any]:
+        if self.fields:
+            return self.schema_name, self._from_fields(record)
+        if self.schema is not None:
+            found = self.schema(record) if isinstance(record, (Mapping, list)) else None
+            if found is None:
+                self.faults.refuse("unknown_schema", f"the record does not follow data.schema {self.schema_name!r} ({_describe(record)})")
+            return self.schema_name, found
+        if isinstance(record, (Mapping, list)):
+            for name, schema in SCHEMAS.items():
+                if (found := schema(record)) is not None:
+                    return name, found
+        self.faults.refuse(
+            "unknown_schema",
+            f'no schema fits the record ({_describe(record)}); write it as {{"messages": [...]}}, or say where things are with data.fields',
+        )
+
+    def _from_fields(self, record: Any) -> list[Any]:
+        if not isinstance(record, Mapping):
+            self.faults.refuse("unknown_schema", f"data.fields needs records that are objects ({_describe(record)})")
+        missing = [
+            f"{field} {path!r}"
+            for field, path in self.fields.items()
+            if field in ("messages", "user", "assistant") and _look_up(record, path) is None
+        ]
+        if missing:
+            self.faults.refuse("unknown_schema", f"data.fields looks for {missing[0]}, which is not there ({_describe(record)})")
+        if "messages" not in self.fields:
+            said = [_said(role, _look_up(record, self.fields[role])) for role in ("system", "user", "assistant") if role in self.fields]
+            return [message for message in said if message["role"] != "system" or message["content"]]
+        messages = _look_up(record, self.fields["messages"])
+        if not isinstance(messages, list):
+            return messages  # type: ignore[no-any-return]  # told of by the caller
+        keys = [key for key in ("role", "content", "weight", "name") if key in self.fields or key in ("role", "content")]
+        return [
+            {key: value for key in keys if (value := _look_up(message, self.fields.get(key, key))) is not None}
+            if isinstance(message, Mapping)
+            else message
+            for message in messages
+        ]
+
+    def _group(self, record: Mapping[str, Any], own_id: Any) -> str:
+        if self.split_by is None:
+            return "" if own_id in (None, "") else f"id:{own_id}"
+        value = _look_up(record, self.split_by)
+        if value is None:
+            self.faults.refuse("unknown_schema", f"data.split_by looks for {self.split_by!r}, which is not there ({_describe(record)})")
+        return f"{self.split_by}:{value}"
 
 
-def _parse_message(message: Any, number: int) -> Message:
-    if not isinstance(message, dict):
-        raise DataError(f"message {number} must be an object with role and content, found {type(message).__name__}")
-    missing = {"role", "content"} - message.keys()
-    if missing:
-        raise DataError(f"message {number} has no {sorted(missing)[0]!r}; every message needs role and content")
-    # A key that would change what is learnt, such as tool_calls, is refused rather than dropped.
-    unknown = message.keys() - _MESSAGE_KEYS
-    if unknown:
-        raise DataError(f"message {number} has the key {sorted(unknown)[0]!r}; only role, content and weight are read")
-    try:
-        return Message(message["role"], message["content"], message.get("weight", 1.0))
-    except DataError as error:
-        raise DataError(f"message {number}: {error}") from None
+def find_schema(name: str) -> Schema:
+    """The schema of a name: one of ours, an entry point's, or a user's function by its dotted path.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    if name in SCHEMAS:
+        return SCHEMAS[name]
+    known = [*SCHEMAS, *plugin_names(ENTRY_POINTS)]
+    if "." not in name and name not in known:
+        raise ConfigError(f"data.schema {name!r} is unknown; {nearest(name, known)}")
+    return find_function(name, setting="data.schema", group=ENTRY_POINTS)
+
+
+def _look_up(record: Mapping[str, Any], path: str) -> Any:
+    if path in record:
+        return record[path]
+    value: Any = record
+    for key in path.split("."):
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
+
+
+def _labels(record: Mapping[str, Any]) -> dict[str, str]:
+    """What a record says of itself beside its messages: short texts, numbers and flags."""
+    return {
+        str(key): str(value)
+        for key, value in record.items()
+        if key not in COLUMNS and key != "id" and isinstance(value, (str, int, bool)) and len(str(value)) <= _MAX_LABEL_CHARS
+    }
+
+
+def _describe(record: Any) -> str:
+    if isinstance(record, Mapping):
+        return f"found {', '.join(map(repr, list(record)[:6])) or 'no keys'}"
+    return f"found {type(record).__name__}, not an object"

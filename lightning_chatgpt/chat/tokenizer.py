@@ -1,13 +1,16 @@
-"""Load, train, store and restore a tokenizer, with the control tokens a chat needs."""
+"""Load, train, store and restore a tokenizer, with the chat template it carries and the control tokens that needs."""
 
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from lightning_chatgpt.chat.template import CHATML_JINJA, END_TOKEN, START_TOKEN
-from lightning_chatgpt.errors import ModelError
+from lightning_chatgpt.chat.jinja import TOKEN_IN_TEMPLATE, read_template, template_of
+from lightning_chatgpt.chat.template import CHATML_JINJA, END_TOKEN, PLAIN_JINJA, START_TOKEN
+from lightning_chatgpt.chat.template_check import check_template
+from lightning_chatgpt.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -17,21 +20,22 @@ if TYPE_CHECKING:
 END_OF_TEXT = "<|endoftext|>"
 
 
-def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: Iterable[str], *, vocab_size: int, template: str | None = None) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer, as GPT-2's, on texts.
 
     Args:
         texts: What to learn the merges from.
         vocab_size: Entries at the most, control tokens and the 256 bytes included; small texts give fewer.
+        template: The chat template it is to carry, as :func:`set_template` takes it.
 
-    Returns: a tokenizer that writes any text without unknown tokens, with the chat's control tokens.
+    Returns: a tokenizer that writes any text without unknown tokens, with the template's control tokens.
 
     Raises:
         ModelError: ``vocab_size`` leaves no room for the 256 bytes and the control tokens.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    control_tokens = [END_OF_TEXT, START_TOKEN, END_TOKEN]
+    control_tokens = list(dict.fromkeys([END_OF_TEXT, *_control_tokens(template)]))
     smallest = 256 + len(control_tokens)
     if vocab_size < smallest:
         raise ModelError(f"vocab_size {vocab_size} is too small; a byte-level tokenizer needs at least {smallest}")
@@ -45,14 +49,20 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedToken
         show_progress=False,
     )
     backend.train_from_iterator(texts, trainer=trainer)
-    return _wrap(backend.to_str(), {"eos_token": END_OF_TEXT, "bos_token": END_OF_TEXT, "pad_token": END_OF_TEXT})
+    named = {"eos_token": END_OF_TEXT, "bos_token": END_OF_TEXT, "pad_token": END_OF_TEXT}
+    return set_template(_wrap(backend.to_str(), named), template)
 
 
-def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
-    """Load a tokenizer from a local transformers folder and give it the chat's control tokens.
+def load_tokenizer(folder: str | Path, *, template: str | None = None) -> PreTrainedTokenizerFast:
+    """Load a tokenizer from a local transformers folder and give it a chat template.
+
+    Args:
+        folder: Holds a tokenizer.json.
+        template: As :func:`set_template` takes it.
 
     Raises:
         ModelError: The folder holds no tokenizer that the ``tokenizers`` library backs.
+        ConfigError: The template cannot be used.
     """
     from transformers import AutoTokenizer
 
@@ -63,23 +73,65 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
         raise ModelError(f"{folder}: no tokenizer could be loaded ({first_line}); it needs a tokenizer.json") from None
     if not getattr(tokenizer, "is_fast", False):
         raise ModelError(f"{folder}: the tokenizer has no tokenizer.json; save it again with a fast tokenizer")
-    return add_chat_tokens(tokenizer)
+    return set_template(tokenizer, template)
 
 
-def add_chat_tokens(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    """Add the control tokens that are missing, set the template, and give padding a token; changes ``tokenizer``."""
-    # special=True: only special tokens are left alone by split_special_tokens, which keeps a user's text harmless.
-    # Said of tokens that are there already too: a control token in the vocabulary is not yet known as one.
-    tokenizer.add_special_tokens({"extra_special_tokens": [START_TOKEN, END_TOKEN]}, replace_extra_special_tokens=False)
+def set_template(tokenizer: PreTrainedTokenizerFast, template: str | None) -> PreTrainedTokenizerFast:
+    """Give a tokenizer a chat template and the control tokens that it needs, and padding a token; changes ``tokenizer``.
+
+    Args:
+        tokenizer: What to change.
+        template: ``chatml``, ``plain``, ``tokenizer`` (its own) or a Jinja file. None keeps its own, or takes ChatML where it has
+            none.
+
+    Raises:
+        ConfigError: There is no such template, or it cannot be trained with.
+    """
+    if template == "tokenizer" and not tokenizer.chat_template:
+        raise ConfigError("data.template is tokenizer, but the tokenizer carries no template; set it to chatml or plain")
+    if template not in (None, "tokenizer") or not tokenizer.chat_template:
+        tokenizer.chat_template = _jinja(template)
+        # special=True: only special tokens are left alone by split_special_tokens, which keeps a user's text harmless.
+        # Said of tokens that are there already too: a control token in the vocabulary is not yet known as one.
+        added = _control_tokens(template)
+        tokenizer.add_special_tokens({"extra_special_tokens": added}, replace_extra_special_tokens=False)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or END_TOKEN
-    tokenizer.chat_template = CHATML_JINJA
+    if tokenizer.chat_template == PLAIN_JINJA and tokenizer.eos_token is None:
+        raise ConfigError("data.template plain ends messages with the tokenizer's eos_token, and it has none; set it to chatml")
+    warning = check_template(template_of(tokenizer))
+    if warning is not None:
+        warnings.warn(warning, stacklevel=2)
     return tokenizer
 
 
+def check_same_template(tokenizer: PreTrainedTokenizerFast, template: str | None) -> None:
+    """Refuse a template that is not the one a model was trained with.
+
+    Raises:
+        ConfigError: They differ.
+    """
+    if template not in (None, "tokenizer") and _jinja(template) != template_of(tokenizer).jinja:
+        raise ConfigError(f"data.template {template!r} is not the one that this checkpoint was trained with; remove it")
+
+
+def _jinja(template: str | None) -> str:
+    if template in (None, "chatml"):
+        return CHATML_JINJA
+    assert template is not None
+    return PLAIN_JINJA if template == "plain" else read_template(template)
+
+
+def _control_tokens(template: str | None) -> list[str]:
+    """The control tokens that a template cannot do without."""
+    if template in (None, "chatml"):
+        return [START_TOKEN, END_TOKEN]
+    return list(dict.fromkeys(TOKEN_IN_TEMPLATE.findall(_jinja(template)))) if template not in ("plain", "tokenizer") else []
+
+
 def stop_token_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """Ids that end a reply: the end-of-message token, then the end-of-text token where there is one."""
-    ids = [tokenizer.convert_tokens_to_ids(END_TOKEN), tokenizer.eos_token_id]
+    """Ids that end a reply: the template's, then the end-of-text token where there is one."""
+    ids = [tokenizer.convert_tokens_to_ids(template_of(tokenizer).stop_token), tokenizer.eos_token_id]
     return list(dict.fromkeys(token_id for token_id in ids if token_id is not None))
 
 
@@ -100,12 +152,21 @@ def token_byte_lengths(tokenizer: PreTrainedTokenizerFast) -> list[int] | None:
 def tokenizer_state(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
     """The tokenizer as plain data (text only), to stand in a checkpoint."""
     named = {k: str(v) for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str)}
-    return {"tokenizer_json": tokenizer.backend_tokenizer.to_str(), "special_tokens": named}
+    return {
+        "tokenizer_json": tokenizer.backend_tokenizer.to_str(),
+        "special_tokens": named,
+        "chat_template": template_of(tokenizer).jinja,
+    }
 
 
 def tokenizer_from_state(state: dict[str, Any]) -> PreTrainedTokenizerFast:
     """The tokenizer that :func:`tokenizer_state` wrote down."""
-    return _wrap(state["tokenizer_json"], state["special_tokens"])
+    tokenizer = _wrap(state["tokenizer_json"], state["special_tokens"])
+    tokenizer.chat_template = state.get("chat_template")
+    # What the JSON holds as special is not yet known as such: said again, nothing is added.
+    special = [token.content for token in tokenizer.backend_tokenizer.get_added_tokens_decoder().values() if token.special]
+    tokenizer.add_special_tokens({"extra_special_tokens": special}, replace_extra_special_tokens=False)
+    return set_template(tokenizer, None)
 
 
 def _wrap(tokenizer_json: str, special_tokens: dict[str, str]) -> PreTrainedTokenizerFast:
@@ -116,4 +177,4 @@ def _wrap(tokenizer_json: str, special_tokens: dict[str, str]) -> PreTrainedToke
     # Truncation and padding are ours to do; a saved tokenizer may still carry both.
     backend.no_truncation()
     backend.no_padding()
-    return add_chat_tokens(PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **special_tokens))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **special_tokens)

@@ -76,14 +76,14 @@ def _answer(loaded: LoadedModel, messages: list[Message], max_new_tokens: int, s
     """Print the reply as it comes, and return it."""
     from transformers import TextStreamer
 
-    from lightning_chatgpt.chat.encoding import encode_prompt
+    from lightning_chatgpt.chat.encoding import Encoder
     from lightning_chatgpt.generation.generate import generate_replies, max_positions
 
     network, tokenizer = loaded
     room = max_positions(network) - max_new_tokens
     if room < 1:
         raise ConfigError(f"max_new_tokens {max_new_tokens} leaves no room for a prompt in {max_positions(network)} positions")
-    prompt_ids = encode_prompt(Conversation(tuple(messages)), tokenizer=tokenizer, max_length=room)
+    prompt_ids = Encoder(tokenizer, max_length=room).encode_prompt(Conversation(tuple(messages)))
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     (reply,) = generate_replies(network, tokenizer, [prompt_ids], max_new_tokens=max_new_tokens, streamer=streamer, **sampling)
     return reply.text

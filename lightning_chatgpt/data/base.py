@@ -1,41 +1,62 @@
-"""What chats and plain text share: settings, splits, the tokenizer, and the data loaders."""
+"""What chats and plain text share: settings, reading and encoding through the cache, the tokenizer, and the data loaders."""
 
 from __future__ import annotations
 
+import json
 import warnings
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+import numpy as np
 from lightning.pytorch import LightningDataModule
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch.utils.data import DataLoader
 
 from lightning_chatgpt.chat.encoding import Example
+from lightning_chatgpt.chat.faults import OnFault
 from lightning_chatgpt.chat.tokenizer import load_tokenizer, tokenizer_from_state, tokenizer_state, train_tokenizer
+from lightning_chatgpt.data import preparation
+from lightning_chatgpt.data.cache import build_once, cache_folder, key_of
 from lightning_chatgpt.data.collate import collate
+from lightning_chatgpt.data.duplicates import DuplicateSettings
+from lightning_chatgpt.data.examples import ExampleDataset
+from lightning_chatgpt.data.mixture import SOURCE_LABEL, Draws, Mixture
+from lightning_chatgpt.data.packing import pack
 from lightning_chatgpt.data.sampler import EpochSampler, ShardSampler
-from lightning_chatgpt.data.splits import split
+from lightning_chatgpt.data.selection import Parts, SourceRows, drop_duplicates, find_leaks, split_parts
+from lightning_chatgpt.data.sources import Source, SourceSettings
+from lightning_chatgpt.data.tables import ItemTable, TokenTable
 from lightning_chatgpt.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from transformers import PreTrainedTokenizerFast
 
 Item = TypeVar("Item")
 
-Sources = str | list[str]
+Sources = Source | list[Source]
+Fractional = float | Sources | None
+
+_PARTS_OF_STAGE = {"fit": ("train", "validation", "test"), "validate": ("validation",), "test": ("test",)}
 
 
 class TokenDataModule(LightningDataModule, Generic[Item]):
     """Reads items from sources, splits them, encodes them, and serves batches.
 
-    A subclass says how items are read (``read``), what keeps them together in a split (``split_key``), what text a tokenizer
-    may learn from (``texts``) and how they become examples (``encode``).
+    A subclass says how items are read (``read``), stored (``dump`` and ``load``), told apart (``split_key``, ``digest``), what is said in
+    them (``texts``) and how they become examples (``encode``).
 
     In a Trainer the tokenizer is that of the model's weights; a model from scratch gets ``tokenizer``, or one trained on
     the training split.
+
+    Attributes:
+        tokenizer: What encodes; known after ``setup``.
+        datasets: The examples of each part, after ``setup``.
+        report: What was found in the data, as plain data, after ``setup``.
+        is_strict: Whether leaks and a lack of supervised tokens are errors; set to False to look at the report all the same.
     """
 
     tokenizer: PreTrainedTokenizerFast | None
@@ -44,13 +65,18 @@ class TokenDataModule(LightningDataModule, Generic[Item]):
     def __init__(
         self,
         train: Sources | None = None,
-        validation: float | Sources | None = 0.05,
-        test: float | Sources | None = None,
+        validation: Fractional = 0.05,
+        test: Fractional = None,
         tokenizer: str | None = None,
         vocab_size: int = 8192,
         batch_size: int = 8,
         max_length: int | None = None,
+        packing: bool = False,
         group_by_length: bool = False,
+        mixture: dict[str, Any] | None = None,
+        on_fault: OnFault | dict[str, OnFault] = "error",
+        max_leak: float | None = 0.1,
+        cache_dir: str | None = None,
         num_workers: int = 0,
         seed: int = 0,
     ) -> None:
@@ -58,6 +84,10 @@ class TokenDataModule(LightningDataModule, Generic[Item]):
         for name, value in (("batch_size", batch_size), ("max_length", max_length)):
             if value is not None and value < 1:
                 raise ConfigError(f"data.{name} must be at least 1, not {value}")
+        if packing and group_by_length:
+            raise ConfigError("data.packing fills every row, so data.group_by_length has nothing to do; leave one out")
+        if max_leak is not None and not 0 <= max_leak <= 1:
+            raise ConfigError(f"data.max_leak is a fraction of the held-out items: 0 to 1, or null for no check, not {max_leak}")
         self.train = train
         self.validation = validation
         self.test = test
@@ -65,16 +95,23 @@ class TokenDataModule(LightningDataModule, Generic[Item]):
         self.vocab_size = vocab_size
         self.batch_size = batch_size
         self.max_length = max_length
+        self.packing = packing
         self.group_by_length = group_by_length
+        self.mixture = Mixture.of(mixture)
+        self.on_fault = on_fault
+        self.max_leak = max_leak
+        self.cache = cache_folder(cache_dir)
         self.num_workers = num_workers
         self.seed = seed
         self.tokenizer = None
-        self.datasets: dict[str, Dataset] = {}
+        self.datasets: dict[str, ExampleDataset] = {}
+        self.report: dict[str, Any] = {}
+        self.is_strict = True
 
     # What a subclass says.
 
     @abstractmethod
-    def read(self, source: str) -> Iterable[Item]:
+    def read(self, source: Source) -> Iterable[Item]:
         """Read one source."""
 
     @abstractmethod
@@ -82,39 +119,68 @@ class TokenDataModule(LightningDataModule, Generic[Item]):
         """What decides an item's split; items with one key stay together."""
 
     @abstractmethod
-    def texts(self, items: Sequence[Item]) -> Iterable[str]:
-        """What a tokenizer may be trained on."""
+    def digest(self, item: Item) -> bytes:
+        """16 bytes that are equal for items that say the same."""
 
     @abstractmethod
-    def encode(self, items: Sequence[Item]) -> Iterable[Example]:
-        """Encode items for training, with ``self.tokenizer`` and ``self.max_length``."""
+    def dump(self, item: Item) -> str:
+        """An item as text, as it lies in the cache."""
+
+    @abstractmethod
+    def load(self, content: str) -> Item:
+        """The item that :meth:`dump` wrote down."""
+
+    @abstractmethod
+    def texts(self, item: Item) -> list[str]:
+        """What is said in an item; a tokenizer is trained on it, and duplicates and leaks are found by it."""
+
+    @abstractmethod
+    def encode(self, items: Iterable[Item], *, counts: Counter[str], part: str) -> Iterator[list[Example]]:
+        """Encode items of a part for training, with ``self.tokenizer`` and ``self.max_length``.
+
+        Yields: the examples of each item, in order; one list more where something is left at the end.
+        """
+
+    @abstractmethod
+    def encoding_settings(self, part: str) -> Mapping[str, Any]:
+        """The settings that :meth:`encode` depends on, beside tokenizer and ``max_length``, as plain data."""
+
+    def fingerprint(self, source: Source) -> str | None:
+        """What reading a source depends on, settings included; None where only reading tells whether it changed."""
+        return None
+
+    def labels(self, item: Item) -> Mapping[str, str]:
+        """What a mixture can tell an item by, beside its source."""
+        return {}
+
+    def items(self, source: Source, about: dict[str, Any]) -> Iterable[Item]:
+        """Read and clean one source; ``about`` takes what the report is to say of it."""
+        yield from self.read(source)
+
+    @property
+    def duplicates(self) -> DuplicateSettings | None:
+        """Which items are left out as duplicates; None for none."""
+        return None
 
     # What Lightning calls.
 
     def setup(self, stage: str) -> None:
-        """Read, split and encode what the stage needs. Each process does so for itself and comes to the same."""
+        """Read, split and encode what the stage needs. Each process does so for itself, or finds it in the cache."""
         self.max_length = self._check_max_length()
-        of_model = self._ask_model("load_tokenizer") if self.tokenizer is not None else None
+        of_model = self._model_tokenizer() if self.tokenizer is not None else None
         if of_model is not None and self.tokenizer is not None and of_model.get_vocab() != self.tokenizer.get_vocab():
             raise ConfigError("the data was encoded with another model's tokenizer; make a new data module for this model")
-        parts = self.load_items(stage)
+        parts = self.load_parts(stage)
         if self.tokenizer is None:
             self.tokenizer = self.build_tokenizer(parts.get("train", []))
-        for part, items in parts.items():
-            if part not in self.datasets:
-                self.datasets[part] = self._to_dataset(part, items)
+        for part, sources in parts.items():
+            if part not in self.datasets and not (part == "test" and stage == "fit"):
+                self.datasets[part] = self._encode_part(part, sources)
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled batches of the training split."""
         dataset = self._dataset("train")
-        sampler = EpochSampler(
-            dataset["n_tokens"][:],
-            batch_size=self.batch_size,
-            seed=self.seed,
-            group_by_length=self.group_by_length,
-            **self._ranks(),
-        )
-        return self._loader(dataset, sampler)
+        return self._loader(dataset, self.train_sampler(dataset))
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         """Batches of the validation split, each example once over all processes; nothing if there is no such split."""
@@ -130,56 +196,63 @@ class TokenDataModule(LightningDataModule, Generic[Item]):
 
     # How it is done.
 
-    def load_items(self, stage: str) -> dict[str, list[Item]]:
-        """Read the sources a stage needs and split them.
+    def load_parts(self, stage: str) -> Parts:
+        """Read the sources a stage needs, split them, and leave out duplicates.
 
         Args:
             stage: Lightning's fit, validate, test or predict.
 
-        Returns: items of the parts ``train``, ``validation`` and ``test``, as far as the stage needs them.
-        """
-        wanted = {"fit": ["train", "validation"], "validate": ["validation"], "test": ["test"]}.get(stage, [])
-        settings: dict[str, float | Sources | None] = {"validation": self.validation, "test": self.test}
-        fractions = {part: value for part, value in settings.items() if isinstance(value, (int, float))}
-        parts: dict[str, list[Item]] = {}
-        if "train" in wanted or any(fractions.get(part) for part in wanted):
-            if self.train is None:
-                raise ConfigError("data.train is not set; name a JSONL file, a folder, a glob or corpus:chatterbot/english")
-            items = self.read_all(self.train)
-            split_items = split(
-                items,
-                [self.split_key(item) for item in items],
-                validation=fractions.get("validation", 0.0),
-                test=fractions.get("test", 0.0),
-            )
-            parts = dict(zip(("train", "validation", "test"), split_items, strict=True))
-        for part in ("validation", "test"):
-            value = settings[part]
-            if part in wanted and isinstance(value, (str, list)):
-                parts[part] = self.read_all(value)
-        for part in set(wanted) - {"train"}:
-            if stage != "fit" and not settings[part]:
-                raise ConfigError(f"data.{part} is not set; name a source, or a fraction of data.train")
-        return {part: parts[part] for part in wanted if parts.get(part)}
+        Returns: the parts ``train``, ``validation`` and ``test``, as far as the stage needs them.
 
-    def read_all(self, sources: Sources) -> list[Item]:
-        """Read sources one after another.
+        Raises:
+            ConfigError: A source that is needed is not set.
+            DataError: There is nothing in them, or more leaks from training into what is held out than ``max_leak``.
+        """
+        wanted = _PARTS_OF_STAGE.get(stage, ())
+        settings = {"validation": self.validation, "test": self.test}
+        fractions = {part: float(value) for part, value in settings.items() if isinstance(value, (int, float))}
+        for part in wanted if stage != "fit" else ():
+            if not settings[part]:
+                raise ConfigError(f"data.{part} is not set; name a source, or a fraction of data.train")
+        needs_train = "train" in wanted or any(fractions.get(part) for part in wanted) or self.duplicates is not None
+        if needs_train and self.train is None:
+            raise ConfigError("data.train is not set; name a file, a folder, a glob or corpus:chatterbot/english")
+        tables = {"train": self.prepare_all(self.train)} if needs_train and self.train is not None else {}
+        for part, value in settings.items():
+            if isinstance(value, (str, dict, list)) and (part in wanted or self.duplicates is not None):
+                tables[part] = self.prepare_all(value)
+        parts = split_parts(tables, validation=fractions.get("validation", 0.0), test=fractions.get("test", 0.0))
+        if self.duplicates is not None:
+            parts, self.report["duplicates"] = drop_duplicates(parts, self.duplicates, texts=self._texts_of)
+        if stage == "fit" and self.max_leak is not None:
+            self.report["leaks"] = self._check_leaks(parts)
+        self.report["parts"] = {part: {"items": sum(len(source.rows) for source in sources)} for part, sources in parts.items()}
+        return {part: parts[part] for part in wanted if sum(len(source.rows) for source in parts.get(part, []))}
+
+    def prepare_all(self, sources: Sources) -> list[tuple[str, ItemTable]]:
+        """Read sources, or find what was read of them.
 
         Raises:
             DataError: They hold nothing.
         """
-        items = [item for source in ([sources] if isinstance(sources, str) else sources) for item in self.read(source)]
-        if not items:
-            raise DataError(f"{sources}: nothing to read in there")
-        return items
+        found = []
+        for source in sources if isinstance(sources, list) else [sources]:
+            table = preparation.prepare(self, source)
+            name = SourceSettings.of(source).name
+            self.report.setdefault("sources", {})[name] = {**table.about, "items": len(table)}
+            preparation.tell_faults(name, table.about)
+            found.append((name, table))
+        if not sum(len(table) for _, table in found):
+            raise DataError(f"{sources}: nothing to read in there{preparation.why_nothing(table.about for _, table in found)}")
+        return found
 
-    def build_tokenizer(self, train_items: Sequence[Item]) -> PreTrainedTokenizerFast:
+    def build_tokenizer(self, train: Sequence[SourceRows]) -> PreTrainedTokenizerFast:
         """Find the tokenizer: the model's, the one named, or one trained on the training split.
 
         Raises:
             ConfigError: There is none, or two that contradict each other.
         """
-        of_model = self._ask_model("load_tokenizer")
+        of_model = self._model_tokenizer()
         if of_model is not None:
             # A model from scratch that goes on from a checkpoint has its tokenizer from there, as data.tokenizer had it.
             module = self.trainer.lightning_module if self.trainer is not None else None
@@ -187,20 +260,70 @@ class TokenDataModule(LightningDataModule, Generic[Item]):
                 raise ConfigError(
                     f"data.tokenizer {self.tokenizer_name!r} contradicts the model's weights, which bring their own; remove it"
                 )
-            tokenizer: PreTrainedTokenizerFast = of_model
-            return tokenizer
+            return of_model
         if self.tokenizer_name is not None:
-            return load_tokenizer(self.tokenizer_name)
-        if not train_items:
+            return load_tokenizer(self.tokenizer_name, template=self.template_name)
+        if not train:
             raise ConfigError("there is no tokenizer: set model.pretrained, data.tokenizer or --ckpt_path")
         state = None
         if self.trainer is None or self.trainer.is_global_zero:
             rank_zero_info(f"Training a tokenizer of {self.vocab_size} entries on the training split")
-            state = tokenizer_state(train_tokenizer(self.texts(train_items), vocab_size=self.vocab_size))
+            contents = (content for source in train for content in source.table.column("content", source.rows))
+            texts = (text for content in contents for text in self._texts_of(content))
+            state = tokenizer_state(train_tokenizer(texts, vocab_size=self.vocab_size, template=self.template_name))
         if self.trainer is not None:
             state = self.trainer.strategy.broadcast(state)
         assert state is not None
         return tokenizer_from_state(state)
+
+    @property
+    def template_name(self) -> str | None:
+        """The chat template that the tokenizer is to carry; None for its own, or ChatML."""
+        return None
+
+    def train_sampler(self, dataset: ExampleDataset) -> EpochSampler:
+        """What an epoch of training reads, in which order."""
+        return EpochSampler(
+            dataset.lengths,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            draws=self._draws(dataset),
+            capacity=self.max_length if self.packing else None,
+            group_by_length=self.group_by_length,
+            **self._ranks(),
+        )
+
+    def _draws(self, dataset: ExampleDataset) -> Draws | None:
+        if self.mixture == Mixture():
+            return None
+        groups: list[str] = []
+        for source in dataset.sources:
+            if self.mixture.label == SOURCE_LABEL:
+                groups += [source.name] * len(source.rows)
+            else:
+                labels = source.table.column("labels", source.rows)
+                groups += [json.loads(text).get(self.mixture.label, "") if text else "" for text in labels]
+        return Draws(
+            self.mixture,
+            lengths=dataset.lengths,
+            conversations=dataset.conversations,
+            groups=groups,
+            places=np.concatenate([source.table.places[source.rows] for source in dataset.sources]),
+            seed=self.seed,
+        )
+
+    def _texts_of(self, content: str) -> list[str]:
+        return self.texts(self.load(content))
+
+    def _check_leaks(self, parts: Parts) -> dict[str, dict[str, Any]]:
+        leaks = find_leaks(parts, texts=self._texts_of)
+        for part, found in leaks.items():
+            if self.is_strict and self.max_leak is not None and found["share"] > self.max_leak:
+                raise DataError(
+                    f"data.{part}: {found['overlapping']} of {found['n']} items ({found['share']:.0%}) stand in data.train too, "
+                    f"{found['exact']} of them word for word; set data.split_by, clean duplicates, or raise data.max_leak ({self.max_leak})"
+                )
+        return leaks
 
     def _check_max_length(self) -> int:
         positions = self._ask_model("max_positions")
@@ -214,30 +337,54 @@ class TokenDataModule(LightningDataModule, Generic[Item]):
         assert length is not None
         return length
 
-    def _ask_model(self, method: str) -> Any:
+    def _model_tokenizer(self) -> PreTrainedTokenizerFast | None:
+        tokenizer: PreTrainedTokenizerFast | None = self._ask_model("load_tokenizer", template=self.template_name)
+        return tokenizer
+
+    def _ask_model(self, method: str, **arguments: Any) -> Any:
         """What a method of the Trainer's model says; None without a Trainer, or of a model that has no such method."""
         module: Any = self.trainer.lightning_module if self.trainer is not None else None
-        return getattr(module, method)() if hasattr(module, method) else None
+        return getattr(module, method)(**arguments) if hasattr(module, method) else None
 
-    def _to_dataset(self, part: str, items: Sequence[Item]) -> Dataset:
-        from datasets import Dataset, Features, Sequence, Value
-
-        columns: dict[str, list[Any]] = {"input_ids": [], "loss_weights": [], "n_tokens": []}
-        for example in self.encode(items):
-            columns["input_ids"].append(example.input_ids)
-            columns["loss_weights"].append(example.loss_weights)
-            columns["n_tokens"].append(len(example.input_ids))
-        n_supervised = sum(weight > 0 for weights in columns["loss_weights"] for weight in weights)
-        if not n_supervised:
+    def _encode_part(self, part: str, sources: Sequence[SourceRows]) -> ExampleDataset:
+        assert self.tokenizer is not None
+        tokenizer = key_of(tokenizer_state(self.tokenizer))
+        settings = [tokenizer, self.max_length, preparation.code_of(self, "encode"), self.encoding_settings(part)]
+        tables = []
+        for source in sources:
+            key = key_of("tokens", source.table.digests[source.rows].tobytes().hex(), source.table.about["digest"], settings)
+            path = build_once(self.cache / f"{key}.tokens.arrow", partial(self._write_tokens, part, source))
+            tables.append(TokenTable(path))
+        dataset = ExampleDataset(sources, tables)
+        counts = dataset.counts
+        if not counts["supervised"] and self.is_strict:
             raise DataError(f"data.{part}: none of its tokens is supervised; it needs assistant messages with a weight above 0")
         rank_zero_info(
-            f"{part}: {len(items)} read, {len(columns['n_tokens'])} examples, {sum(columns['n_tokens'])} tokens, "
-            f"{n_supervised} of them supervised"
+            f"{part}: {counts['items']} read, {len(dataset)} examples, {counts['tokens']} tokens, {counts['supervised']} of them supervised"
         )
-        features = Features({"input_ids": Sequence(Value("int32")), "loss_weights": Sequence(Value("float32")), "n_tokens": Value("int32")})
-        return Dataset.from_dict(columns, features=features)  # Arrow: compact, and shared with workers uncopied
+        if counts["truncated"]:
+            rank_zero_info(
+                f"{part}: {counts['truncated']} longer than {self.max_length} tokens, {counts['lost']} supervised tokens lost by that"
+            )
+        self.report["parts"][part] = {**self.report["parts"][part], **counts}
+        return dataset
 
-    def _dataset(self, part: str) -> Dataset:
+    def _write_tokens(self, part: str, source: SourceRows, path: Path) -> None:
+        counts: Counter[str] = Counter(items=len(source.rows))
+        items = (self.load(content) for content in source.table.column("content", source.rows))
+
+        def numbered() -> Iterator[tuple[int, list[Example]]]:
+            bar = preparation.progress(f"encoding {part}", total=len(source.rows))
+            with bar:
+                for number, examples in enumerate(self.encode(items, counts=counts, part=part)):
+                    counts["tokens"] += sum(len(example.input_ids) for example in examples)
+                    counts["supervised"] += sum(len(example.loss_weights) - example.loss_weights.count(0.0) for example in examples)
+                    yield min(number, len(source.rows) - 1), examples
+                    bar.update()
+
+        TokenTable.write(path, numbered(), lambda: {"counts": dict(counts)})
+
+    def _dataset(self, part: str) -> ExampleDataset:
         if part not in self.datasets:
             raise DataError(f"data.{part} holds nothing; call setup, or name a source that is not empty")
         return self.datasets[part]
@@ -247,27 +394,26 @@ class TokenDataModule(LightningDataModule, Generic[Item]):
             return {"rank": 0, "world_size": 1}
         return {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size}
 
-    def _check_shares(self, name: str, n_examples: int) -> None:
+    def _check_shares(self, name: str, n_rows: int) -> None:
         n_processes = self._ranks()["world_size"]
-        if n_examples < n_processes:
-            raise DataError(f"{name} holds {n_examples} example(s), too few for {n_processes} processes; add more, or use fewer")
+        if n_rows < n_processes:
+            raise DataError(f"{name} holds {n_rows} row(s), too few for {n_processes} processes; add more, or use fewer")
 
     def _evaluation_loader(self, part: str) -> DataLoader[Any]:
         dataset = self._dataset(part)
-        self._check_shares(f"data.{part}", len(dataset))
-        return self._loader(dataset, ShardSampler(len(dataset), **self._ranks()))
+        assert self.max_length is not None
+        rows = pack(dataset.lengths, capacity=self.max_length) if self.packing else [[i] for i in range(len(dataset))]
+        self._check_shares(f"data.{part}", len(rows))
+        return self._loader(dataset, ShardSampler(rows, **self._ranks()))
 
-    def _loader(self, dataset: Dataset, sampler: EpochSampler | ShardSampler) -> DataLoader[Any]:
+    def _loader(self, dataset: ExampleDataset, sampler: EpochSampler | ShardSampler) -> DataLoader[Any]:
         assert self.tokenizer is not None
+        width = self.max_length if self.packing else None
         return DataLoader(
             dataset,
             batch_size=self.batch_size,
             sampler=sampler,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
-            collate_fn=partial(_collate_rows, pad_token_id=self.tokenizer.pad_token_id),
+            collate_fn=partial(collate, pad_token_id=self.tokenizer.pad_token_id, width=width),
         )
-
-
-def _collate_rows(rows: list[dict[str, Any]], *, pad_token_id: int) -> Any:
-    return collate([Example(row["input_ids"], row["loss_weights"]) for row in rows], pad_token_id=pad_token_id)

@@ -8,11 +8,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, TypedDict
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from lightning_chatgpt.chat.conversation import Conversation
-from lightning_chatgpt.chat.encoding import Example
+
+Tokens = tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]
 
 IGNORE_INDEX = -100  # what torch and transformers leave out of a loss
 
@@ -23,7 +26,7 @@ class Batch(TypedDict):
     Attributes:
         input_ids: (B, T) token ids.
         labels: (B, T) the same ids where they are supervised, else -100; not shifted.
-        position_ids: (B, T) places within each row, from 0.
+        position_ids: (B, T) places within each example, from 0; several examples in a row begin anew.
         attention_mask: (B, T) 1 for real tokens, 0 for padding, which always stands on the right.
         loss_weights: (B, T) float32; what each token's loss is multiplied by, 0 where unsupervised.
     """
@@ -49,24 +52,38 @@ class PromptBatch(TypedDict):
     max_new_tokens: int
 
 
-def collate(examples: Sequence[Example], *, pad_token_id: int) -> Batch:
-    """Pad examples on the right to one batch."""
-    n_rows, n_columns = len(examples), max(len(example.input_ids) for example in examples)
-    input_ids = torch.full((n_rows, n_columns), pad_token_id)
-    loss_weights = torch.zeros(n_rows, n_columns)
-    attention_mask = torch.zeros(n_rows, n_columns, dtype=torch.long)
-    for row, example in enumerate(examples):
-        n = len(example.input_ids)
-        input_ids[row, :n] = torch.tensor(example.input_ids)
-        loss_weights[row, :n] = torch.tensor(example.loss_weights)
-        attention_mask[row, :n] = 1
+def collate(rows: Sequence[Sequence[Tokens]], *, pad_token_id: int, width: int | None = None) -> Batch:
+    """Put rows of examples into one batch.
+
+    Args:
+        rows: For each row its examples: token ids and loss weights, of equal length. Several in a row are packed: positions begin
+            anew with each, from which transformers knows that they must not see each other, and no example's first token is
+            predicted from the one before it.
+        pad_token_id: What fills the places on the right.
+        width: Columns of the batch; None takes as many as the longest row has tokens.
+    """
+    n_columns = width or max(sum(len(ids) for ids, _ in row) for row in rows)
+    shape = (len(rows), n_columns)
+    input_ids = np.full(shape, pad_token_id, dtype=np.int64)
+    loss_weights = np.zeros(shape, dtype=np.float32)
+    attention_mask = np.zeros(shape, dtype=np.int64)
+    position_ids = np.empty(shape, dtype=np.int64)
+    for r, row in enumerate(rows):
+        start = 0
+        for ids, weights in row:
+            end = start + len(ids)
+            input_ids[r, start:end] = ids
+            loss_weights[r, start + 1 : end] = weights[1:]
+            # Padding goes on counting: transformers takes a position that does not for the start of another text.
+            position_ids[r, start:] = np.arange(n_columns - start)
+            start = end
+        attention_mask[r, :start] = 1
     return Batch(
-        input_ids=input_ids,
-        labels=torch.where(loss_weights > 0, input_ids, IGNORE_INDEX),
-        # Padding goes on counting: transformers takes a position that does not for the start of another text.
-        position_ids=torch.arange(n_columns).expand(n_rows, n_columns).contiguous(),
-        attention_mask=attention_mask,
-        loss_weights=loss_weights,
+        input_ids=torch.from_numpy(input_ids),
+        labels=torch.from_numpy(np.where(loss_weights > 0, input_ids, IGNORE_INDEX)),
+        position_ids=torch.from_numpy(position_ids),
+        attention_mask=torch.from_numpy(attention_mask),
+        loss_weights=torch.from_numpy(loss_weights),
     )
 
 

@@ -1,14 +1,23 @@
-"""Which example is read when, and by which process."""
+"""Which rows are read when, and by which process. A row is one example, or several that are packed together."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch.utils.data import Dataset, DistributedSampler
 
+from lightning_chatgpt.data.mixture import Draws
+from lightning_chatgpt.data.packing import pack, shuffle_equal
+
+Row = Sequence[int]
+Ints = npt.NDArray[np.int64]
+
 _BATCHES_SORTED_TOGETHER = 50  # sorting all would put equal lengths side by side in every epoch
+_SPARE_ROWS = 0.02  # of rows, where epochs differ in what they read; shares of ten thousand chats differ by less
 
 
 class _Numbers(Dataset[int]):
@@ -22,73 +31,126 @@ class _Numbers(Dataset[int]):
 
 
 class EpochSampler(DistributedSampler[Any]):
-    """Shuffles training examples: the order is a function of seed and epoch alone.
+    """Shuffles training rows: what an epoch reads, and in which order, is a function of seed and epoch alone.
 
-    Each process gets as many examples, and with ``lengths`` examples of about one length stand together, so that a batch is
-    padded little. It is a ``DistributedSampler`` because Lightning leaves those alone and tells them the epoch.
+    Each process gets as many rows. It is a ``DistributedSampler`` because Lightning leaves those alone and tells them the epoch.
 
     Args:
-        lengths: Tokens of each example.
-        batch_size: Examples a process reads in one batch.
+        lengths: (N,) tokens of each example.
+        batch_size: Rows a process reads in one batch.
         seed: Chooses the order.
+        draws: Which examples an epoch reads; None for each of them once.
+        capacity: Tokens of a packed row; None for one example in each row.
+        group_by_length: Whether rows of about one length share a batch, which is then padded little.
         rank: Which process this is, from 0.
         world_size: How many processes read.
-        group_by_length: Whether examples of about one length share a batch.
     """
 
     def __init__(
         self,
-        lengths: Sequence[int],
+        lengths: Sequence[int] | Ints,
         *,
         batch_size: int,
         seed: int,
+        draws: Draws | None = None,
+        capacity: int | None = None,
+        group_by_length: bool = False,
         rank: int = 0,
         world_size: int = 1,
-        group_by_length: bool = False,
     ) -> None:
-        super().__init__(_Numbers(len(lengths)), num_replicas=world_size, rank=rank, seed=seed)
-        self.lengths = lengths
+        self.lengths = np.asarray(lengths, dtype=np.int64)
         self.batch_size = batch_size
+        self.draws = draws
+        self.capacity = capacity
         self.group_by_length = group_by_length
+        self._packed: tuple[bytes, list[list[int]]] | None = None
+        n_rows = len(self._rows(self._drawn(0)))
+        # Lightning asks how many batches an epoch has once: rows of other epochs are made as many.
+        self._spare = capacity is not None and draws is not None and not draws.is_whole
+        super().__init__(
+            _Numbers(n_rows + int(n_rows * _SPARE_ROWS) + 1 if self._spare else n_rows), num_replicas=world_size, rank=rank, seed=seed
+        )
 
-    def __iter__(self) -> Iterator[int]:
-        """The indices of this process, in this epoch's order."""
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = torch.randperm(len(self.lengths), generator=generator).tolist()
-        if self.group_by_length:
-            order = self._grouped(order, generator)
+    def __iter__(self) -> Iterator[Row]:
+        """The rows of this process, in this epoch's order."""
+        order = self.epoch_rows(self.epoch)
         # Ranks must make equally many steps: the first few of the order are read twice, as torch does.
         order = (order * self.num_replicas)[: self.total_size]
         yield from order[self.rank : self.total_size : self.num_replicas]
 
-    def _grouped(self, order: list[int], generator: torch.Generator) -> list[int]:
+    def epoch_rows(self, epoch: int) -> list[Row]:
+        """All rows of an epoch, over all processes, in order."""
+        drawn = self._drawn(epoch)
+        lengths = self.lengths[drawn]
+        if self.capacity is None:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            order = torch.randperm(len(drawn), generator=generator).numpy()
+            chosen = drawn[self._grouped(order, lengths, generator) if self.group_by_length else order]
+            return [[index] for index in chosen.tolist()]
+        rows = shuffle_equal(lengths, self._rows(drawn), generator=np.random.default_rng((self.seed, epoch)))
+        if self._spare:
+            rows = _make_as_many(rows, len(self.dataset))  # type: ignore[arg-type]
+        return [drawn[row].tolist() for row in rows]
+
+    def _drawn(self, epoch: int) -> Ints:
+        return np.arange(len(self.lengths)) if self.draws is None else self.draws.epoch(epoch)
+
+    def _rows(self, drawn: Ints) -> list[list[int]]:
+        if self.capacity is None:
+            return [[i] for i in range(len(drawn))]
+        lengths = self.lengths[drawn]
+        key = np.sort(lengths).tobytes()
+        if self._packed is None or self._packed[0] != key or self._spare:
+            self._packed = key, pack(lengths, capacity=self.capacity)
+        return self._packed[1]
+
+    def _grouped(self, order: Ints, lengths: Ints, generator: torch.Generator) -> Ints:
         size = self.batch_size * self.num_replicas
-        batches: list[list[int]] = []
+        batches: list[Ints] = []
         for start in range(0, len(order), size * _BATCHES_SORTED_TOGETHER):
             chunk = order[start : start + size * _BATCHES_SORTED_TOGETHER]
-            chunk.sort(key=self.lengths.__getitem__)
+            chunk = chunk[np.argsort(lengths[chunk], kind="stable")]
             batches += [chunk[i : i + size] for i in range(0, len(chunk), size)]
         # A short batch anywhere but at the end would shift all that follow.
         short = [batch for batch in batches if len(batch) < size]
         full = [batch for batch in batches if len(batch) == size]
         shuffled = [full[i] for i in torch.randperm(len(full), generator=generator).tolist()]
-        return [index for batch in [*shuffled, *short] for index in batch]
+        return np.concatenate([*shuffled, *short])
 
 
 class ShardSampler(DistributedSampler[Any]):
-    """Reads each example exactly once over all processes, in order: process r reads r, r + n, r + 2n, …
+    """Reads each row exactly once over all processes, in order: process r reads r, r + n, r + 2n, …
 
     torch's own ``DistributedSampler`` reads some twice to make shares equal, which counts them twice in a metric.
+
+    Args:
+        rows: What is read.
+        rank: Which process this is, from 0.
+        world_size: How many processes read.
     """
 
-    def __init__(self, n_examples: int, *, rank: int = 0, world_size: int = 1) -> None:
-        super().__init__(_Numbers(n_examples), num_replicas=world_size, rank=rank, shuffle=False)
-        self.share = range(rank, n_examples, world_size)
+    def __init__(self, rows: Sequence[Any], *, rank: int = 0, world_size: int = 1) -> None:
+        super().__init__(_Numbers(len(rows)), num_replicas=world_size, rank=rank, shuffle=False)
+        self.share = rows[rank::world_size]
 
-    def __iter__(self) -> Iterator[int]:
-        """The indices of this process."""
+    def __iter__(self) -> Iterator[Any]:
+        """The rows of this process."""
         return iter(self.share)
 
     def __len__(self) -> int:
-        """How many examples this process reads."""
+        """How many rows this process reads."""
         return len(self.share)
+
+
+def _make_as_many(rows: list[list[int]], n_rows: int) -> list[list[int]]:
+    """Split rows of several examples until there are as many as asked for."""
+    missing = n_rows - len(rows)
+    made: list[list[int]] = []
+    for row in rows:
+        if missing > 0 and len(row) > 1:
+            half = len(row) // 2
+            made += [row[:half], row[half:]]
+            missing -= 1
+        else:
+            made.append(row)
+    return made

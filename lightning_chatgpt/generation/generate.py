@@ -54,7 +54,7 @@ def generate_replies(
     Args:
         network: In evaluation mode.
         tokenizer: The network's.
-        prompts: Token ids of each prompt, as ``chat.encoding.encode_prompt`` gives them.
+        prompts: Token ids of each prompt, as ``chat.encoding.Encoder.encode_prompt`` gives them.
         max_new_tokens: Tokens a reply may have; fewer where the model's positions end.
         temperature: 0 takes the most likely token each time (greedy); higher samples more freely.
         top_k: Samples among this many most likely tokens; 0 for all.

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
 import re
-import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lightning_chatgpt.chat.tokenizer import load_tokenizer, stop_token_ids, tokenizer_from_state
 from lightning_chatgpt.errors import ConfigError, ModelError
+from lightning_chatgpt.hub import hub_problem
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -26,7 +25,6 @@ _BUILTIN_FOLDER = Path(__file__).parent.parent / "base"
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _HUB_FILES = ["config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*", "vocab*",
               "merges.txt", "special_tokens_map.json", "added_tokens.json"]  # fmt: skip
-_HUB_DEADLINE_SECONDS = 3.0
 _FREE_TO_CHANGE = {"resid_pdrop", "embd_pdrop", "attn_pdrop"}  # dropout leaves the weights' shape and meaning alone
 
 
@@ -98,7 +96,7 @@ def _download(name: str) -> Path:
             return folder
     except LocalEntryNotFoundError:
         pass  # not in the cache: ask the hub
-    reason = "HF_HUB_OFFLINE is set" if _is_offline() else _hub_problem()
+    reason = hub_problem()
     if reason is not None:
         raise ModelError(
             f"{name}: no such folder here, not in the cache, and the hub cannot be reached ({reason}); "
@@ -115,38 +113,6 @@ def _download(name: str) -> Path:
     if not is_complete(folder):
         raise ModelError(f"{name}: the hub's model has no safetensors weights; convert it, or take one that has")
     return folder
-
-
-def _is_offline() -> bool:
-    return os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
-
-
-def _hub_problem() -> str | None:
-    """Why the hub cannot be reached, or None if it answers within the deadline.
-
-    Client libraries retry for up to minutes, and name look-up knows no time limit, so a thread asks and is not waited for.
-    """
-    import urllib.error
-    import urllib.request
-
-    from huggingface_hub import constants
-
-    answer: list[str | None] = []
-
-    def ask() -> None:
-        try:
-            request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
-            urllib.request.urlopen(request, timeout=_HUB_DEADLINE_SECONDS).close()
-            answer.append(None)
-        except urllib.error.HTTPError:
-            answer.append(None)  # it answered
-        except OSError as error:
-            answer.append(str(getattr(error, "reason", error)))
-
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(_HUB_DEADLINE_SECONDS)
-    return answer[0] if answer else f"{constants.ENDPOINT} did not answer in {_HUB_DEADLINE_SECONDS:.0f} s"
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:

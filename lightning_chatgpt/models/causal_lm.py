@@ -13,7 +13,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from lightning_chatgpt.chat.tokenizer import load_tokenizer, token_byte_lengths, tokenizer_from_state, tokenizer_state
+from lightning_chatgpt.chat.tokenizer import check_same_template, load_tokenizer, token_byte_lengths, tokenizer_from_state, tokenizer_state
 from lightning_chatgpt.errors import ConfigError, ModelError
 from lightning_chatgpt.generation.generate import generate_replies
 from lightning_chatgpt.metrics.perplexity import BitsPerByte, MeanLoss, Perplexity, TokenAccuracy
@@ -110,18 +110,21 @@ class CausalLMModule(LightningModule):
         """Whether the network is there."""
         return self.tokenizer is not None
 
-    def load_tokenizer(self) -> PreTrainedTokenizerFast | None:
+    def load_tokenizer(self, *, template: str | None = None) -> PreTrainedTokenizerFast | None:
         """The tokenizer of the weights, before the network is built.
+
+        Args:
+            template: The chat template it is to carry, as ``chat.tokenizer.set_template`` takes it.
 
         Returns: that of the network, of the checkpoint the Trainer is about to load, or of the pretrained weights; None
             for a model from scratch, which takes whatever tokenizer the data has.
         """
-        if self.tokenizer is not None:
-            return self.tokenizer
         checkpoint = self._checkpoint_to_come()
-        if checkpoint is not None:
-            return tokenizer_from_state(checkpoint["tokenizer"])
-        return load_tokenizer(build.find_pretrained(self.pretrained)) if self.pretrained is not None else None
+        if self.tokenizer is not None or checkpoint is not None:
+            tokenizer = self.tokenizer or tokenizer_from_state(checkpoint["tokenizer"] if checkpoint else {})
+            check_same_template(tokenizer, template)
+            return tokenizer
+        return load_tokenizer(build.find_pretrained(self.pretrained), template=template) if self.pretrained is not None else None
 
     def max_positions(self) -> int:
         """How many tokens an example may have at the most."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lightning_chatgpt.chat.jinja import template_of
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -19,7 +21,7 @@ tags: [conversational, lightning-chatgpt]
 
 {facts}
 
-It was taught with the ChatML template that is stored with the tokenizer, and ends each reply with `<|im_end|>`.
+It was taught with the chat template that is stored with the tokenizer ({template}), and ends each reply with `{stop}`.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -59,5 +61,7 @@ def export_folder(
     n_parameters = sum(p.numel() for p in network.parameters())
     told = {"Parameters": f"{n_parameters:,}", "Vocabulary": len(tokenizer), **(facts or {})}
     table = "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in told.items())])
-    (folder / "README.md").write_text(_CARD.format(facts=table, folder=folder.as_posix()), encoding="utf-8")
+    template = template_of(tokenizer)
+    card = _CARD.format(facts=table, folder=folder.as_posix(), template=template.name, stop=template.stop_token)
+    (folder / "README.md").write_text(card, encoding="utf-8")
     return folder

@@ -38,7 +38,7 @@ def test_last_holds_the_last_step(tmp_path: Path, write_chats: Callable[..., Pat
     """Guards against weights lost where training ends amid an epoch: Lightning saves at validations only."""
     source = str(write_chats([chat(f"q{i}", f"a{i}") for i in range(8)]))
     module = CausalLMModule(architecture=ARCHITECTURE)
-    data = ChatDataModule(train=source, validation=source if validation else None, vocab_size=300, batch_size=4)
+    data = ChatDataModule(train=source, validation=source if validation else None, max_leak=None, vocab_size=300, batch_size=4)
     checkpoint = RunCheckpoint(dirpath=tmp_path)
     trainer(tmp_path, max_steps=max_steps, callbacks=[checkpoint], enable_checkpointing=True).fit(module, data)
     last = torch.load(tmp_path / "last.ckpt", weights_only=True)

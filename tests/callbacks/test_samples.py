@@ -20,7 +20,7 @@ from tests.conftest import ARCHITECTURE, chat, trainer
 def fit(folder: Path, source: Path, callbacks: list[Any], **settings: Any) -> CausalLMModule:
     seed_everything(3, verbose=False)
     module = CausalLMModule(architecture={**ARCHITECTURE, "resid_pdrop": 0.5}, learning_rate=1e-2)
-    data = ChatDataModule(train=str(source), validation=str(source), vocab_size=300, batch_size=2)
+    data = ChatDataModule(train=str(source), validation=str(source), max_leak=None, vocab_size=300, batch_size=2)
     trainer(folder, max_epochs=2, callbacks=callbacks, **settings).fit(module, data)
     return module
 

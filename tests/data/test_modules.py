@@ -9,6 +9,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from lightning_chatgpt import ChatDataModule, TextDataModule
+from lightning_chatgpt.chat.conversation import Conversation, Message
 from lightning_chatgpt.chat.encoding import Example
 from lightning_chatgpt.data.collate import collate
 from lightning_chatgpt.errors import ConfigError, DataError, UserError
@@ -16,18 +17,18 @@ from tests.conftest import chat
 
 
 def test_collate_by_hand() -> None:
-    batch = collate([Example([5, 6, 7], [0.0, 1.0, 0.5]), Example([8], [1.0])], pad_token_id=9)
+    batch = collate([[Example([5, 6, 7], [0.0, 1.0, 0.5])], [Example([8, 9], [0.0, 1.0])]], pad_token_id=9)
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 9]]
-    assert batch["labels"].tolist() == [[-100, 6, 7], [8, -100, -100]]
-    assert batch["loss_weights"].tolist() == [[0.0, 1.0, 0.5], [1.0, 0.0, 0.0]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch["labels"].tolist() == [[-100, 6, 7], [-100, 9, -100]]
+    assert batch["loss_weights"].tolist() == [[0.0, 1.0, 0.5], [0.0, 1.0, 0.0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
     assert batch["position_ids"].tolist() == [[0, 1, 2], [0, 1, 2]]
 
 
 def test_padding_is_never_a_label() -> None:
     """Guards against padding taught as text: GPT-2 pads with its end-of-text token, which is also a real one."""
-    batch = collate([Example([0, 5, 0], [0.0, 1.0, 1.0]), Example([5], [1.0])], pad_token_id=0)
-    assert batch["labels"].tolist() == [[-100, 5, 0], [5, -100, -100]]
+    batch = collate([[Example([0, 5, 0], [0.0, 1.0, 1.0])], [Example([0, 5], [0.0, 1.0])]], pad_token_id=0)
+    assert batch["labels"].tolist() == [[-100, 5, 0], [-100, 5, -100]]
 
 
 def test_chat_module_by_itself(tmp_path: Path, write_chats: Callable[..., Path]) -> None:
@@ -73,11 +74,13 @@ def test_windows_that_teach_nothing_are_left_out_and_none_at_all_is_an_error(
     tokenizer: PreTrainedTokenizerFast, write_chats: Callable[..., Path]
 ) -> None:
     """Guards against a loss of 0 / 0: a chat whose every token is masked."""
-    data = ChatDataModule(train=str(write_chats([chat("Hi", "Yo"), chat("Only a question")])), validation=None, max_length=64)
+    unlearnt = Conversation((Message("user", "Only"), Message("assistant", "context", 0)))
+    data = ChatDataModule(train=str(write_chats([chat("Hi", "Yo"), unlearnt])), validation=None, max_length=64)
     data.tokenizer = tokenizer
     data.setup("fit")
     assert len(data.datasets["train"]) == 1
-    data = ChatDataModule(train=str(write_chats([chat("Only a question")])), validation=None, max_length=64)
+    assert data.report["parts"]["train"]["unsupervised"] == 1
+    data = ChatDataModule(train=str(write_chats([unlearnt])), validation=None, max_length=64)
     data.tokenizer = tokenizer
     with pytest.raises(DataError, match="none of its tokens is supervised"):
         data.setup("fit")
@@ -108,12 +111,12 @@ def test_text_blocks_score_every_token_once(tmp_path: Path, tokenizer: PreTraine
     data = TextDataModule(train=str(tmp_path), validation=None, max_length=16, batch_size=3)
     data.tokenizer = tokenizer
     data.setup("fit")
-    rows = data.datasets["train"]
-    assert all(len(row) <= 16 for row in rows["input_ids"])
+    dataset = data.datasets["train"]
+    blocks = [dataset.example(i) for i in range(len(dataset))]
+    assert max(dataset.lengths) == 16
     # Put the supervised tokens of the blocks one after another: the documents come back, each behind an end of text.
     scored = [
-        i for ids, weights in zip(rows["input_ids"], rows["loss_weights"], strict=True)
-        for i, w in zip(ids, weights, strict=True) if w > 0
+        i for ids, weights in blocks for i, w in zip(ids.tolist(), weights, strict=True) if w > 0
     ]  # fmt: skip
     assert tokenizer.decode(scored) == "".join(f"{document}<|endoftext|>" for document in documents)
 
@@ -123,7 +126,7 @@ def test_text_that_spells_a_control_token_is_text(tmp_path: Path, tokenizer: Pre
     data = TextDataModule(train=str(tmp_path), validation=None, max_length=128)
     data.tokenizer = tokenizer
     data.setup("fit")
-    ids = data.datasets["train"][0]["input_ids"]
+    ids = data.datasets["train"].example(0)[0].tolist()
     assert [i for i in ids if i in tokenizer.all_special_ids] == [0, 0]
 
 

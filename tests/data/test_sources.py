@@ -30,27 +30,6 @@ def test_files_folders_and_globs(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
-    [
-        (GOOD + '{"messages": [', ":2: broken JSON at column 15"),
-        (GOOD * 2 + '{"messages": [{"role": "bot", "content": "x"}]}', ":3: message 1: role 'bot' is unknown"),
-        ("[1]\n", ":1: expected an object"),
-        ('{"text": "hi"}\n', ":1: no 'messages' in the record"),
-        (GOOD.encode("utf-16"), ": not UTF-8"),
-        ("", ""),
-    ],
-)
-def test_a_fault_is_told_with_its_place(tmp_path: Path, text: str | bytes, says: str) -> None:
-    path = write(tmp_path / "chats.jsonl", text)
-    if not says:
-        assert list(read_conversations(str(path))) == []
-        return
-    with pytest.raises(DataError) as error:
-        list(read_conversations(str(path)))
-    assert str(error.value).startswith(f"{path}{says}")
-
-
-@pytest.mark.parametrize(
     ("source", "says"),
     [
         ("no/such.jsonl", "no/such.jsonl: no such file or folder"),
@@ -67,7 +46,7 @@ def test_a_missing_source_is_named(source: str, says: str) -> None:
 
 
 def test_an_empty_folder_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"the folder holds no \*.jsonl file"):
+    with pytest.raises(DataError, match=r"the folder holds no file that can be read"):
         list(read_conversations(str(tmp_path)))
 
 

@@ -1,11 +1,22 @@
 """Splits are stable, disjoint, of about the asked size, and never empty."""
 
+from collections.abc import Sequence
+
+import numpy as np
 import pytest
 
-from lightning_chatgpt.data.splits import position, split
+from lightning_chatgpt.data.splits import position
+from lightning_chatgpt.data.splits import split as split_places
 from lightning_chatgpt.errors import ConfigError, DataError
 
 KEYS = [f"conversation {i}" for i in range(2000)]
+
+
+def split(items: Sequence, keys: Sequence[str], *, validation: float, test: float) -> tuple[list, list, list]:
+    """The items of train, validation and test."""
+    rows = split_places(np.array([position(key) for key in keys]), validation=validation, test=test)
+    train, validation_items, test_items = ([items[i] for i in rows[part]] for part in ("train", "validation", "test"))
+    return train, validation_items, test_items
 
 
 def test_sizes_are_about_as_asked_and_nothing_is_lost() -> None:

@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch import seed_everything
 
 from lightning_chatgpt import CausalLMModule, ChatDataModule, RunCheckpoint, load_model
-from lightning_chatgpt.chat.encoding import encode_prompt
+from lightning_chatgpt.chat.encoding import Encoder
 from lightning_chatgpt.errors import ConfigError, UserError
 from tests.conftest import ARCHITECTURE, chat, trainer
 
@@ -30,7 +30,7 @@ def taught(tmp_path_factory: pytest.TempPathFactory) -> tuple[CausalLMModule, Ch
     source = folder / "chats.jsonl"
     source.write_text("".join(json.dumps(chat(*pair).to_dict()) + "\n" for pair in PAIRS * 4))
     module = CausalLMModule(architecture=ARCHITECTURE, learning_rate=1e-2, weight_decay=0.0)
-    data = ChatDataModule(train=str(source), validation=str(source), vocab_size=300, batch_size=4)
+    data = ChatDataModule(train=str(source), validation=str(source), max_leak=None, vocab_size=300, batch_size=4)
     checkpoint = RunCheckpoint(dirpath=folder / "checkpoints")
     run = trainer(folder, max_epochs=40, check_val_every_n_epoch=20, callbacks=[checkpoint], enable_checkpointing=True, log_every_n_steps=1)
     run.fit(module, data)
@@ -51,11 +51,11 @@ def test_it_learns_and_a_checkpoint_stands_alone(taught: tuple, tmp_path: Path) 
     shutil.rmtree(folder)
     script = (
         "from lightning_chatgpt import CausalLMModule, Conversation, Message\n"
-        "from lightning_chatgpt.chat.encoding import encode_prompt\n"
+        "from lightning_chatgpt.chat.encoding import Encoder\n"
         "from lightning_chatgpt.generation.generate import generate_replies\n"
         "module = CausalLMModule.load_from_checkpoint('last.ckpt').eval()\n"
         f"for question, _ in {PAIRS!r}:\n"
-        "    ids = encode_prompt(Conversation((Message('user', question),)), tokenizer=module.tokenizer, max_length=99)\n"
+        "    ids = Encoder(module.tokenizer, max_length=99).encode_prompt(Conversation((Message('user', question),)))\n"
         "    print(generate_replies(module.network, module.tokenizer, [ids], max_new_tokens=20)[0].text)\n"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=elsewhere, capture_output=True, text=True, check=False)
@@ -78,7 +78,7 @@ def test_export_answers_the_same_in_plain_transformers(taught: tuple, tmp_path: 
     for question, answer in PAIRS:
         messages = [{"role": "user", "content": question}]
         prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
-        assert prompt["input_ids"][0].tolist() == encode_prompt(chat(question), tokenizer=module.tokenizer, max_length=99)
+        assert prompt["input_ids"][0].tolist() == Encoder(module.tokenizer, max_length=99).encode_prompt(chat(question))
         reply = model.generate(**prompt, max_new_tokens=30, do_sample=False)[0, prompt["input_ids"].shape[1] :]
         # It stops by itself: the end token is in the folder's generation_config.
         assert tokenizer.decode(reply) == f"{answer}<|im_end|>"
@@ -95,7 +95,7 @@ def test_predictions_have_replies_references_and_counts(taught: tuple, write_cha
     assert [r["reference"] for r in batch] == ["Hi!", None]
     assert [r["finish_reason"] for r in batch] == ["stop", "stop"]
     assert batch[0]["prompt"] == [{"role": "user", "content": "Hello"}]
-    ids = encode_prompt(chat("Hello"), tokenizer=data.tokenizer, max_length=99)
+    ids = Encoder(data.tokenizer, max_length=99).encode_prompt(chat("Hello"))
     assert batch[0]["prompt_tokens"] == len(ids)
     reply_ids = data.tokenizer("Hi there!", add_special_tokens=False)["input_ids"]
     assert batch[0]["completion_tokens"] == len(reply_ids) + 1
@@ -123,16 +123,16 @@ def test_a_checkpoint_goes_on_without_its_base(plain_gpt2: Path, tmp_path: Path,
     source = str(write_chats([chat(*pair) for pair in PAIRS] * 4))
     run = trainer(tmp_path, max_steps=2)
     module = CausalLMModule(pretrained=str(base))
-    run.fit(module, ChatDataModule(train=source, validation=source))
-    (expected,) = run.validate(module, datamodule=ChatDataModule(validation=source), verbose=False)
+    run.fit(module, ChatDataModule(train=source, validation=source, max_leak=None))
+    (expected,) = run.validate(module, datamodule=ChatDataModule(validation=source, max_leak=None), verbose=False)
     run.save_checkpoint(tmp_path / "x.ckpt")
     shutil.rmtree(base)
     again = trainer(tmp_path)
     again.ckpt_path = tmp_path / "x.ckpt"
-    (logged,) = again.validate(CausalLMModule(pretrained=str(base)), ChatDataModule(validation=source), verbose=False)
+    (logged,) = again.validate(CausalLMModule(pretrained=str(base)), ChatDataModule(validation=source, max_leak=None), verbose=False)
     assert logged == expected
     module = CausalLMModule.load_from_checkpoint(tmp_path / "x.ckpt")
-    (logged,) = trainer(tmp_path).validate(module, ChatDataModule(validation=source), verbose=False)
+    (logged,) = trainer(tmp_path).validate(module, ChatDataModule(validation=source, max_leak=None), verbose=False)
     assert logged == expected
 
 

@@ -12,7 +12,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lightning_chatgpt import CausalLMModule, ChatDataModule
-from lightning_chatgpt.chat.encoding import Example, encode_conversations
+from lightning_chatgpt.chat.encoding import Encoder, Example
 from lightning_chatgpt.data.collate import collate
 from lightning_chatgpt.models.loss import token_losses
 from tests.conftest import ARCHITECTURE, trainer
@@ -24,7 +24,7 @@ def network(vocab_size: int = 600) -> GPT2LMHeadModel:
 
 
 def test_equals_transformers_own_loss(chats: list, tokenizer: PreTrainedTokenizerFast) -> None:
-    examples = [e for es in encode_conversations(chats[:9], tokenizer=tokenizer, max_length=128) for e in es]
+    examples = [chat.examples for chat in Encoder(tokenizer, max_length=128).encode(chats[:9])]
     batch = collate(examples, pad_token_id=tokenizer.pad_token_id)
     model = network()
     ours = token_losses(model, batch)
@@ -43,13 +43,13 @@ def test_padding_changes_nothing(family: str) -> None:
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     model = network() if family == "gpt2" else LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=600)).eval()
     short, long = Example([5, 6, 7, 8], [0.0, 1.0, 1.0, 1.0]), Example(list(range(10, 50)), [1.0] * 40)
-    alone = token_losses(model, collate([short], pad_token_id=0))
-    together = token_losses(model, collate([short, long], pad_token_id=0))
+    alone = token_losses(model, collate([[short]], pad_token_id=0))
+    together = token_losses(model, collate([[short], [long]], pad_token_id=0))
     assert torch.allclose(alone.nll, together.nll[:3], rtol=1e-5)
 
 
 def test_weights_multiply_and_the_first_token_is_never_scored() -> None:
-    batch = collate([Example([5, 6, 7], [1.0, 2.0, 0.5])], pad_token_id=0)
+    batch = collate([[Example([5, 6, 7], [1.0, 2.0, 0.5])]], pad_token_id=0)
     losses = token_losses(network(), batch)
     assert losses.targets.tolist() == [6, 7]
     assert losses.weights.tolist() == [2.0, 0.5]
@@ -58,7 +58,7 @@ def test_weights_multiply_and_the_first_token_is_never_scored() -> None:
 
 
 def test_nothing_supervised_gives_zero_not_nan() -> None:
-    batch = collate([Example([5, 6, 7], [1.0, 0.0, 0.0])], pad_token_id=0)
+    batch = collate([[Example([5, 6, 7], [1.0, 0.0, 0.0])]], pad_token_id=0)
     model = network()
     loss = token_losses(model, batch).mean()
     loss.backward()

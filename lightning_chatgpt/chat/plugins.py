@@ -1,0 +1,40 @@
+"""A user's own functions: by dotted path, or registered as entry points of an installed package."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any
+
+from lightning_chatgpt.errors import ConfigError
+
+
+def find_function(name: str, *, setting: str, group: str | None = None) -> Callable[..., Any]:
+    """Import a function that the user named.
+
+    Args:
+        name: A dotted path such as ``my_package.read_tickets``, or the name of an entry point.
+        setting: Where it was named, for the error.
+        group: The group of entry points that are looked through first.
+
+    Raises:
+        ConfigError: There is no such function, or it is not one.
+    """
+    for entry in entry_points(group=group, name=name) if group else ():
+        function: Any = entry.load()
+        break
+    else:
+        module, _, attribute = name.rpartition(".")
+        try:
+            function = getattr(import_module(module or "builtins"), attribute)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ConfigError(f"{setting} {name}: cannot be imported ({error}); is it on the path, and spelt right?") from None
+    if not callable(function):
+        raise ConfigError(f"{setting} {name}: is a {type(function).__name__}, not a function")
+    return function  # type: ignore[no-any-return]
+
+
+def plugin_names(group: str) -> list[str]:
+    """The entry points that installed packages registered in a group."""
+    return sorted({entry.name for entry in entry_points(group=group)})

@@ -1,0 +1,130 @@
+"""Cutting a conversation that is too long: between whole exchanges, never its end.
+
+Lengths are in tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from lightning_chatgpt.errors import DataError
+
+Truncation = Literal["drop_oldest", "split", "skip", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedTurn:
+    """One message as token ids.
+
+    Attributes:
+        role: Who speaks.
+        number: Which message of the conversation it is, from 0.
+        weight: Loss weight of its content and of the markers that are learnt with it; 0 where it is not learnt.
+        content: Ids of what is said.
+        before: Ids of what stands before the content.
+        before_weights: For each of them 1 where it is learnt with the content, else 0.
+        after: Ids of what stands after it.
+        after_weights: As ``before_weights``.
+        is_cut: Whether the content lost its middle.
+    """
+
+    role: str
+    number: int
+    weight: float
+    content: list[int]
+    before: list[int]
+    before_weights: list[float]
+    after: list[int]
+    after_weights: list[float]
+    is_cut: bool = False
+
+    def __len__(self) -> int:
+        return len(self.before) + len(self.content) + len(self.after)
+
+    def ids(self) -> list[int]:
+        """All of its token ids."""
+        return self.before + self.content + self.after
+
+    def weights(self) -> list[float]:
+        """The loss weight of each token."""
+        if not self.weight:
+            return [0.0] * len(self)
+        content = [self.weight] * len(self.content)
+        if self.weight == 1.0:
+            return self.before_weights + content + self.after_weights
+        return [self.weight * w for w in self.before_weights] + content + [self.weight * w for w in self.after_weights]
+
+    def n_supervised(self) -> int:
+        """How many of its tokens count in the loss."""
+        return int(sum(self.before_weights) + len(self.content) + sum(self.after_weights)) if self.weight else 0
+
+
+def fit(turns: list[EncodedTurn], *, max_length: int, truncation: Truncation) -> list[list[EncodedTurn]]:
+    """Cut a conversation's turns into windows of at most ``max_length`` tokens, between whole exchanges.
+
+    Args:
+        turns: The conversation's.
+        max_length: Tokens a window may have.
+        truncation: ``drop_oldest`` or ``split``.
+
+    Returns: one window of the latest exchanges, or with ``split`` as many as all exchanges need, each with the system message.
+
+    Raises:
+        DataError: ``max_length`` leaves no room for a message's own markers.
+    """
+    if sum(map(len, turns)) <= max_length:
+        return [turns]
+    n_system = next((i for i, turn in enumerate(turns) if turn.role != "system"), len(turns))
+    system = _shorten(turns[:n_system], max_length=max_length - max_length // 4)  # leaves the exchanges some room
+    room = max_length - sum(map(len, system))
+    exchanges = [_shorten(exchange, max_length=room) for exchange in _exchanges(turns[n_system:])]
+    windows: list[list[EncodedTurn]] = []
+    n_free = 0
+    # From the latest backwards, so that with either policy the newest exchanges share a full window.
+    for exchange in reversed(exchanges):
+        length = sum(map(len, exchange))
+        if windows and length <= n_free:
+            windows[-1] = exchange + windows[-1]
+        elif windows and truncation == "drop_oldest":
+            break
+        else:
+            windows.append(exchange)
+            n_free = room
+        n_free -= length
+    return [system + window for window in reversed(windows)] or [system]
+
+
+def drop_unlearnt_end(turns: list[EncodedTurn], *, max_length: int) -> list[EncodedTurn]:
+    """Leave out turns after the last one that is learnt, until the rest fits: they teach nothing, and would push out what does."""
+    end = len(turns)
+    while end > 1 and not turns[end - 1].weight and sum(map(len, turns[:end])) > max_length:
+        end -= 1
+    return turns[:end]
+
+
+def _exchanges(turns: list[EncodedTurn]) -> list[list[EncodedTurn]]:
+    """Group turns into exchanges: what is said to the assistant, and its answer."""
+    exchanges: list[list[EncodedTurn]] = []
+    for turn in turns:
+        starts = turn.role != "assistant" and (not exchanges or exchanges[-1][-1].role == "assistant")
+        if starts or not exchanges:
+            exchanges.append([])
+        exchanges[-1].append(turn)
+    return exchanges
+
+
+def _shorten(turns: list[EncodedTurn], *, max_length: int) -> list[EncodedTurn]:
+    """Cut the middle out of the longest contents until the turns fit."""
+    turns = list(turns)
+    excess = sum(map(len, turns)) - max_length
+    while excess > 0:
+        i = max(range(len(turns)), key=lambda i: len(turns[i].content), default=0)
+        longest = turns[i].content if turns else []
+        if len(longest) < 2:
+            raise DataError(f"max_length is too short by {excess} tokens for a message's own markers and the system message; raise it")
+        n_kept = max(len(longest) - excess, len(longest) // 2)
+        excess -= len(longest) - n_kept
+        n_head = (n_kept + 1) // 2
+        turns[i] = replace(turns[i], content=longest[:n_head] + longest[len(longest) - (n_kept - n_head) :], is_cut=True)
+    return turns

@@ -1,0 +1,165 @@
+"""``inspect``: see what the data holds and what the model will be fed, before training."""
+
+from __future__ import annotations
+
+import json as json_format
+import shlex
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+
+from lightning_chatgpt.chat.faults import KINDS
+from lightning_chatgpt.data.chat import ChatDataModule
+from lightning_chatgpt.data.report import describe
+from lightning_chatgpt.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+class InspectTrainer(Trainer):
+    """A Trainer with one verb more, so that ``inspect`` takes every setting that ``fit`` takes."""
+
+    def inspect(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None = None,
+        examples: int = 3,
+        html: str | None = None,
+        json: str | None = None,
+        max_truncated: float = 0.1,
+        ckpt_path: str | None = None,
+    ) -> None:
+        """See what the data holds and what the model will be fed; leaves with exit code 1 where something would surprise.
+
+        Args:
+            model: Says which tokenizer and how many positions there are.
+            datamodule: What is looked at.
+            examples: How many examples are shown token by token.
+            html: A file to write the report to as a page, with plots.
+            json: A file to write the report to for scripts; - for standard output, and nothing else there.
+            max_truncated: The fraction of conversations that may be longer than data.max_length before it is a surprise.
+            ckpt_path: A checkpoint whose tokenizer is taken.
+        """
+        if not isinstance(datamodule, ChatDataModule):
+            raise ConfigError(f"inspect looks at chats; data is a {type(datamodule).__name__}, not a ChatDataModule")
+        self.strategy._lightning_module = model  # what fit does before it sets the data up
+        datamodule.trainer = self
+        datamodule.is_strict = False  # what would stop a run is what this is to show
+        datamodule.setup("fit")
+        report = {
+            "command": shlex.join(["python", "-m", "lightning_chatgpt", *sys.argv[1:]]),
+            "date": datetime.now().strftime("%Y-%m-%d %H:%M"),
+            **describe(datamodule, n_examples=examples, max_truncated=max_truncated),
+        }
+        if json == "-":
+            print(json_format.dumps(report, ensure_ascii=False))
+        else:
+            print_report(report)
+            if json is not None:
+                Path(json).write_text(json_format.dumps(report, ensure_ascii=False, indent=1), encoding="utf-8")
+        if html is not None:
+            from lightning_chatgpt.data.report_page import render_page
+
+            Path(html).write_text(render_page(report), encoding="utf-8")
+            print(f"report written to {html}", file=sys.stderr)
+        if report["surprises"]:
+            raise SystemExit(1)
+
+
+def print_report(report: dict[str, Any]) -> None:
+    """Print a report to the terminal; it reads the same without colour."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(highlight=False, soft_wrap=False)
+    _print_sources(console, report)
+    _print_parts(console, report)
+    for example in report["examples"]:
+        console.print(Text(f"\n{example['id']} as the model reads it; «what it learns»", style="bold"))
+        console.print(example_text(example["tokens"]))
+    console.print()
+    for line in report["surprises"]:
+        console.print(Text(f"! {line}", style="bold red"))
+    if not report["surprises"]:
+        console.print(Text("Nothing that would surprise.", style="green"))
+
+
+def example_text(tokens: list[list[Any]]) -> Any:
+    """An example's tokens: parted by ¦, what is learnt between « and » and in green."""
+    from rich.text import Text
+
+    text = Text()
+    was_learnt = False
+    begins_line = True
+    for piece, weight, is_control in tokens:
+        is_learnt = weight > 0
+        if was_learnt and not is_learnt:
+            text.append("»", style="green")
+        elif not begins_line and was_learnt == is_learnt:
+            text.append("¦", style="dim")
+        if is_learnt and not was_learnt:
+            text.append("«", style="green")
+        shown = piece if is_control else piece.replace("\n", "⏎\n")
+        text.append(shown, style="bold green" if is_learnt else "cyan" if is_control else "")
+        was_learnt, begins_line = is_learnt, shown.endswith("\n")
+    if was_learnt:
+        text.append("»", style="green")
+    return text
+
+
+def _print_sources(console: Console, report: dict[str, Any]) -> None:
+    table = _table("Sources", "source", "records", "kept", "schemas", "left out or mended", "cleaning")
+    for name, source in report.get("sources", {}).items():
+        schemas = ", ".join(f"{schema} {n}" for schema, n in source.get("schemas", {}).items())
+        faults = source.get("faults", {})
+        told = []
+        for kind, counts in faults.get("counts", {}).items():
+            done = ", ".join(f"{n} {'left out' if action == 'skip' else 'mended'}" for action, n in counts.items())
+            told.append(f"{kind}: {done} ({KINDS[kind].about}; {', '.join(faults['places'][kind][:2])})")
+        cleaned = ["; ".join([step["step"], *(f"{k} {n}" for k, n in step.items() if k != "step")]) for step in source.get("cleaning", [])]
+        table.add_row(name, str(source.get("records", "")), str(source["items"]), schemas, "\n".join(told), "\n".join(cleaned))
+    console.print(table)
+
+
+def _print_parts(console: Console, report: dict[str, Any]) -> None:
+    parts = report["parts"]
+    settings = ", ".join(f"{name} {value}" for name, value in report["settings"].items())
+    table = _table(f"What the model will be fed ({settings})", "", *parts)
+
+    def row(name: str, *values: str) -> None:
+        table.add_row(name, *values)
+
+    def number(name: str, key: str) -> None:
+        row(name, *(f"{counts.get(key, 0):,}" for counts in parts.values()))
+
+    number("conversations", "items")
+    number("examples", "examples")
+    number("tokens", "tokens")
+    row("supervised", *(f"{c['supervised']:,} ({c['supervised'] / max(1, c['tokens']):.0%})" for c in parts.values()))
+    number("longer than max_length", "truncated")
+    number("cut inside a message", "cut")
+    number("nothing to learn, left out", "unsupervised")
+    for policy in ("drop_oldest", "split", "skip"):
+        row(f"supervised tokens lost by {policy}", *(f"{c['policies'][policy]['lost']:,}" for c in parts.values()))
+    for way in ("shuffled", "grouped by length", "packed"):
+        row(f"padding, {way}", *(f"{c['padding'][way]:.1%}" for c in parts.values()))
+    for name, key in (("exact duplicates left out", "exact"), ("near duplicates left out", "near")):
+        if "duplicates" in report:
+            row(name, *(str(report["duplicates"].get(part, {}).get(key, 0)) for part in parts))
+    if report.get("leaks"):
+        row("word for word in train", *(str(report["leaks"].get(part, {}).get("exact", "")) for part in parts))
+        row("half of their n-grams in train", *(str(report["leaks"].get(part, {}).get("overlapping", "")) for part in parts))
+    console.print(table)
+
+
+def _table(title: str, *columns: str) -> Any:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for column in columns:
+        table.add_column(column)
+    return table

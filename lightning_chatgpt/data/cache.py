@@ -1,0 +1,68 @@
+"""Files that are built once: by one process while others wait, and whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from lightning_utilities.core.rank_zero import rank_zero_info
+
+ENVIRONMENT_VARIABLE = "LIGHTNING_CHATGPT_CACHE"
+_FORMAT = 1  # counted up when what is written changes: older files are then no longer found
+_PATIENCE_SECONDS = 5.0
+
+
+def cache_folder(setting: str | None) -> Path:
+    """The folder of built files: the one set, that of the environment, or the user's own."""
+    chosen = setting or os.environ.get(ENVIRONMENT_VARIABLE)
+    return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "lightning_chatgpt"
+
+
+def key_of(*parts: Any) -> str:
+    """A digest of plain data: equal parts, equal key."""
+    text = json.dumps([_FORMAT, *parts], sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+
+
+def build_once(path: Path, build: Callable[[Path], None]) -> Path:
+    """Build a file, unless it is there.
+
+    Other processes that want it wait and then find it. It is written beside its place and moved there when it is whole, so
+    an interrupted build leaves nothing that could be taken for it.
+
+    Args:
+        path: Where it is to be; its name says what is in it.
+        build: Writes the file to the path it is given.
+
+    Returns: ``path``.
+    """
+    if path.exists():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(f"{path}.lock")
+    try:
+        lock.acquire(timeout=_PATIENCE_SECONDS)
+    except Timeout:
+        rank_zero_info(f"Waiting for another process that builds {path}")
+        lock.acquire()
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    try:
+        if not path.exists():  # or another process built it while this one waited
+            build(unfinished)  # what a killed process left there is overwritten
+            publish(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+        lock.release()
+    return path
+
+
+def publish(unfinished: Path, path: Path) -> None:
+    """Move a file that is whole to its place, so that it is there wholly or not at all even if the machine stops."""
+    with unfinished.open("rb") as written:
+        os.fsync(written.fileno())
+    unfinished.replace(path)

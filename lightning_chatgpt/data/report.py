@@ -1,0 +1,194 @@
+"""What is in the data and what the model will be fed, as plain data: for people to look at and for scripts to judge."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lightning_chatgpt.chat.conversation import Conversation
+from lightning_chatgpt.chat.encoding import Encoder
+from lightning_chatgpt.chat.jinja import template_of
+from lightning_chatgpt.chat.truncation import Truncation
+from lightning_chatgpt.data.examples import ExampleDataset
+from lightning_chatgpt.data.packing import pack, padding_share
+from lightning_chatgpt.data.sampler import EpochSampler
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from lightning_chatgpt.data.chat import ChatDataModule
+
+_N_BINS = 24
+_POLICIES: tuple[Truncation, ...] = ("drop_oldest", "split", "skip")
+
+
+def describe(data: ChatDataModule, *, n_examples: int, max_truncated: float) -> dict[str, Any]:
+    """Describe the chats of a data module.
+
+    Args:
+        data: After ``setup("fit")``.
+        n_examples: How many examples are shown token by token.
+        max_truncated: The fraction of conversations that may be longer than ``max_length`` before it is called a surprise.
+
+    Returns: what reading, cleaning, splitting and encoding found (``sources``, ``duplicates``, ``leaks``); ``settings``; for each of ``parts``
+        its counts and distributions; ``examples`` with the text, loss weight and kind of each token; ``surprises``, one line each.
+    """
+    assert data.tokenizer is not None
+    report: dict[str, Any] = {
+        "settings": {
+            "template": template_of(data.tokenizer).name,
+            "tokenizer entries": len(data.tokenizer),
+            "max_length": data.max_length,
+            "truncation": data.truncation,
+            "supervise": data.supervise,
+            "packing": data.packing,
+        },
+        **data.report,
+        "parts": {part: {**data.report["parts"][part], **_describe_part(data, part)} for part in data.datasets},
+        "examples": _examples(data, n_examples),
+    }
+    report["surprises"] = list(_surprises(report, data, max_truncated=max_truncated))
+    return report
+
+
+def _describe_part(data: ChatDataModule, part: str) -> dict[str, Any]:
+    dataset = data.datasets[part]
+    turns: Counter[int] = Counter()
+    roles: dict[str, Counter[str]] = {}
+    lengths: list[int] = []
+    policies: dict[str, Counter[str]] = {policy: Counter(lost=0, examples=0) for policy in _POLICIES}
+    for conversation, n_tokens, found in _encoded(data, part):
+        turns[len(conversation.messages)] += 1
+        for message in conversation.messages:
+            roles.setdefault(message.role, Counter()).update(messages=1, characters=len(message.content))
+        lengths.append(n_tokens)
+        for policy, counts in found.items():
+            policies[policy].update(counts)
+    return {
+        "examples": len(dataset),
+        "lengths": _histogram(lengths),
+        "turns": {str(n): count for n, count in sorted(turns.items())},
+        "roles": {role: dict(counts) for role, counts in roles.items()},
+        "sources": {source.name: len(source.rows) for source in dataset.sources},
+        "policies": {policy: dict(counts) for policy, counts in policies.items()},
+        "padding": _padding(data, dataset),
+    }
+
+
+def _encoded(data: ChatDataModule, part: str) -> Iterator[tuple[Conversation, int, dict[str, dict[str, int]]]]:
+    """Each conversation, its tokens, and what each way of truncation would make of it."""
+    assert data.tokenizer is not None and data.max_length is not None
+    encoders = {
+        policy: Encoder(data.tokenizer, max_length=data.max_length, truncation=policy, supervise=data.supervise) for policy in _POLICIES
+    }
+    dataset = data.datasets[part]
+    chats = (data.load(content) for source in dataset.sources for content in source.table.column("content", source.rows))
+    for conversation, whole in _with_lengths(encoders["skip"], chats):
+        if whole.n_tokens <= data.max_length:
+            yield conversation, whole.n_tokens, {policy: {"lost": 0, "examples": 1} for policy in _POLICIES}
+            continue
+        found = {policy: next(encoder.encode([conversation])) for policy, encoder in encoders.items()}
+        yield conversation, whole.n_tokens, {p: {"lost": chat.n_lost, "examples": len(chat.examples)} for p, chat in found.items()}
+
+
+def _with_lengths(encoder: Encoder, chats: Iterator[Conversation]) -> Iterator[tuple[Conversation, Any]]:
+    waiting: list[Conversation] = []
+
+    def kept() -> Iterator[Conversation]:
+        for chat in chats:
+            waiting.append(chat)
+            yield chat
+
+    for encoded in encoder.encode(kept()):
+        yield waiting.pop(0), encoded
+
+
+def _histogram(lengths: list[int]) -> list[list[int]]:
+    """From, to and count of bins of one width."""
+    if not lengths:
+        return []
+    width = max(1, -(-(max(lengths) + 1) // _N_BINS))
+    counts = np.bincount(np.array(lengths) // width)
+    return [[i * width, (i + 1) * width, int(count)] for i, count in enumerate(counts)]
+
+
+def _padding(data: ChatDataModule, dataset: ExampleDataset) -> dict[str, float]:
+    """The share of padding in an epoch's batches: shuffled, grouped by length, and packed."""
+    assert data.max_length is not None
+    found = {}
+    for name, grouped in (("shuffled", False), ("grouped by length", True)):
+        sampler = EpochSampler(dataset.lengths, batch_size=data.batch_size, seed=data.seed, group_by_length=grouped)
+        order = dataset.lengths[[i for (i,) in sampler.epoch_rows(0)]]
+        batches = [order[i : i + data.batch_size] for i in range(0, len(order), data.batch_size)]
+        places = sum(int(batch.max()) * len(batch) for batch in batches)
+        found[name] = 1 - int(order.sum()) / places
+    rows = pack(dataset.lengths, capacity=data.max_length)
+    return {**found, "packed": padding_share(dataset.lengths, rows, capacity=data.max_length)}
+
+
+def _examples(data: ChatDataModule, n_examples: int) -> list[dict[str, Any]]:
+    assert data.tokenizer is not None
+    dataset = data.datasets["train"]
+    special = set(data.tokenizer.all_special_ids)
+    shown = []
+    ids_of = [identity for source in dataset.sources for identity in _ids(data, source, n_examples)]
+    for index in range(min(n_examples, len(dataset))):
+        ids, weights = dataset.example(index)
+        pieces = token_texts(data.tokenizer, ids.tolist())
+        conversation = int(dataset.conversations[index])
+        shown.append(
+            {
+                "id": ids_of[conversation] if conversation < len(ids_of) else str(conversation),
+                "part": "train",
+                "tokens": [
+                    [text, float(weight), token in special] for text, weight, token in zip(pieces, weights, ids.tolist(), strict=True)
+                ],
+            }
+        )
+    return shown
+
+
+def _ids(data: ChatDataModule, source: Any, n: int) -> list[str]:
+    return [data.load(content).id for content in source.table.column("content", source.rows[:n])]
+
+
+def token_texts(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> list[str]:
+    """The text of each token; where several make one character, the last shows it and the others an ellipsis."""
+    texts: list[str] = []
+    pending: list[int] = []
+    for token in ids:
+        pending.append(token)
+        text = tokenizer.decode(pending)
+        if "\ufffd" in text and len(pending) < 4:  # no character takes more than four bytes
+            texts.append("…")
+            continue
+        texts.append(str(text))
+        pending = []
+    return texts
+
+
+def _surprises(report: dict[str, Any], data: ChatDataModule, *, max_truncated: float) -> Iterator[str]:
+    for part, leaks in report.get("leaks", {}).items():
+        if data.max_leak is not None and leaks["share"] > data.max_leak:
+            yield (
+                f"{part}: {leaks['overlapping']} of {leaks['n']} conversations stand in train too ({leaks['exact']} word for word); "
+                "set data.split_by or clean duplicates"
+            )
+    for part, counts in report["parts"].items():
+        if not counts.get("supervised"):
+            yield f"{part}: no token is supervised, so nothing can be learnt; are there assistant messages with a weight above 0?"
+        elif counts.get("unsupervised"):
+            yield f"{part}: {counts['unsupervised']} of {counts['items']} conversations have no supervised token and are left out"
+        share = counts.get("truncated", 0) / max(1, counts["items"])
+        if share > max_truncated:
+            yield (
+                f"{part}: {counts['truncated']} of {counts['items']} conversations ({share:.0%}) are longer than {data.max_length} tokens, "
+                f"and {counts['lost']} supervised tokens are lost by that; raise data.max_length, or set data.truncation to split"
+            )
+    for name, source in report.get("sources", {}).items():
+        n_left_out = sum(counts.get("skip", 0) for counts in source.get("faults", {}).get("counts", {}).values())
+        if n_left_out > 0.1 * max(1, source.get("records", 0)):
+            yield f"{name}: {n_left_out} of {source['records']} records are left out for their faults"

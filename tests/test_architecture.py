@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "lightning_chatgpt"
 FLOORS = {
     "errors": 0,
     "hub": 1,
+    "settings": 1,
     "chat": 1,
     "generation": 2,
     "metrics": 2,

@@ -13,9 +13,10 @@ from hashlib import blake2b
 from typing import Any
 
 from lightning_chatgpt.chat.conversation import Conversation
-from lightning_chatgpt.data.cleaning import check_settings, import_function
+from lightning_chatgpt.chat.plugins import find_function
 from lightning_chatgpt.data.duplicates import CJK
 from lightning_chatgpt.errors import ConfigError, DataError
+from lightning_chatgpt.settings import check_settings
 
 _WORD = re.compile(rf"[{CJK}]|[^\s{CJK}]+")
 _CJK = re.compile(f"[{CJK}]")
@@ -210,7 +211,7 @@ def _neighbours() -> dict[str, str]:
 @cache
 def _paraphraser(path: str) -> tuple[Callable[..., Any], bool]:
     """A user's function, and whether it takes something to draw from."""
-    function = import_function(path, place="data.augmentation.paraphrase")
+    function = find_function(path, setting="data.augmentation.paraphrase")
     try:
         parameters = list(inspect.signature(function).parameters.values())
     except ValueError:  # written in C, without a signature

@@ -5,10 +5,7 @@ Which steps, in which order and with which settings is plain data (``data.cleani
 
 from __future__ import annotations
 
-import difflib
-import html
 import inspect
-import math
 import re
 import unicodedata
 from abc import ABC, abstractmethod
@@ -16,29 +13,19 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
-from html.entities import html5
-from importlib import import_module
 from pathlib import Path
-from types import NoneType
-from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
+from typing import Any, Literal, cast
 
 from lightning_chatgpt.chat.conversation import Conversation, Message
+from lightning_chatgpt.chat.plugins import find_function
 from lightning_chatgpt.data.duplicates import CJK, DuplicateSettings
+from lightning_chatgpt.data.normalisation import decode_entities, drop_control, drop_zero_width, tidy_spaces
 from lightning_chatgpt.data.redaction import KINDS, Kind, clean_package, redact
-from lightning_chatgpt.errors import ConfigError, DataError
+from lightning_chatgpt.errors import ConfigError, DataError, nearest
+from lightning_chatgpt.settings import check_settings
 
 _UNSPACED = CJK + "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u1100-\u11ff\uac00-\ud7af"  # Thai, Lao, Burmese, Khmer, Hangul
-# Arabic with Syriac and N'Ko, the scripts of India, Burmese, Khmer, Mongolian, and Arabic's presentation forms.
-_JOINING = "\u0600-\u08ff\u0900-\u0dff\u1000-\u109f\u1780-\u18af\ufb50-\ufdff\ufe70-\ufefc"
 
-_ENTITY = re.compile(r"&(#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,31});")
-_LINE_END = re.compile("\r\n|[\r\v\f\x85\u2028\u2029]")
-_CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f]")
-_ZERO_WIDTH = re.compile("[\u00ad\u180e\u200b\u2060-\u2064\ufeff]")
-_JOINERS = re.compile("[\u200c\u200d]+")
-_SPACE = " \u00a0\u1680\u2000-\u200a\u202f\u205f\u3000"
-_SPACES = re.compile(rf"(?<=\S)[{_SPACE}]+")  # within a line: what a line begins with is the indentation of code
-_SPACES_AT_END = re.compile(rf"(?<![{_SPACE}\t])[{_SPACE}\t]+(?=\n)")
 
 _CANNOT = r"\bi(?:'m| am)? (?:can't|cannot|can not|won't|will not|unable to|not able to) "
 _REFUSALS = (
@@ -137,17 +124,17 @@ class Normalise(CleaningStep):
     def normalise(self, text: str) -> str:
         """One text, normalised."""
         if self.html:
-            text = _ENTITY.sub(_character, text)
+            text = decode_entities(text)
         if self.control:
-            text = _CONTROL.sub("", _LINE_END.sub("\n", text))
+            text = drop_control(text)
         if self.zero_width:
-            text = _JOINERS.sub(_joiner, _ZERO_WIDTH.sub("", text))
+            text = drop_zero_width(text)
         if self.unicode != "none":
             text = unicodedata.normalize(self.unicode, text)
         if self.lowercase:
             text = text.lower() if self.unicode == "none" else unicodedata.normalize(self.unicode, text.lower())
         if self.whitespace:
-            text = re.sub("\n{3,}", "\n\n", _SPACES_AT_END.sub("", _SPACES.sub(" ", text)))
+            text = tidy_spaces(text)
         return text.strip() if self.strip else text
 
 
@@ -256,7 +243,7 @@ class Language(CleaningStep):
             raise ConfigError(f"data.cleaning: language.min_probability must be from 0 to 1, not {min_probability}")
         for code in keep:
             if code not in _identifier().labels:
-                raise unknown(f"data.cleaning: language.keep {code!r} is no language", code, sorted(_identifier().labels))
+                raise ConfigError(f"data.cleaning: language.keep {code!r} is no language; {nearest(code, sorted(_identifier().labels))}")
 
     def clean(self, conversation: Conversation) -> Conversation | None:
         """Tell the language of what user and assistant say."""
@@ -360,7 +347,7 @@ class Function(CleaningStep):
     def __init__(self, *, class_path: str, init_args: dict[str, Any] | None = None) -> None:
         super().__init__()
         self.name = class_path
-        self._function = import_function(class_path, place="data.cleaning")
+        self._function = find_function(class_path, setting="data.cleaning")
         self._arguments = dict(init_args or {})
         try:
             inspect.signature(self._function).bind(None, **self._arguments)
@@ -428,51 +415,6 @@ def split_duplicates(steps: Sequence[str | Mapping[str, Any]]) -> tuple[list[str
     return list(steps[:-1]), DuplicateSettings(**settings)
 
 
-def check_settings(place: str, settings: Mapping[str, Any], target: type) -> None:
-    """Check a user's settings against the annotations of a class's ``__init__``.
-
-    Args:
-        place: Where the settings stand, for the error; such as ``data.augmentation``.
-        settings: Names and values, as YAML has them.
-        target: What they are for; its ``__init__`` takes nothing but named plain data.
-
-    Raises:
-        ConfigError: A setting is unknown, missing, or of a type that the annotation does not allow.
-    """
-    hints = get_type_hints(target.__init__)  # type: ignore[misc]  # only read
-    parameters = inspect.signature(target).parameters
-    for name, value in settings.items():
-        if name not in parameters:
-            raise unknown(f"{place}.{name} is no setting", name, list(parameters))
-        if (problem := _misfit(value, hints[name])) is not None:
-            raise ConfigError(f"{place}.{name} {problem}")
-    for name, parameter in parameters.items():
-        if parameter.default is parameter.empty and name not in settings:
-            raise ConfigError(f"{place}.{name} is missing; give it")
-
-
-def unknown(problem: str, name: Any, known: Sequence[str]) -> ConfigError:
-    """The error for a name that is not known: with the nearest one that is, or all where none is near."""
-    near = difflib.get_close_matches(str(name), known, n=1)
-    return ConfigError(f"{problem}; did you mean {near[0]}?" if near else f"{problem}; there are {', '.join(known)}")
-
-
-def import_function(path: str, *, place: str) -> Callable[..., Any]:
-    """Import a user's function by its dotted path.
-
-    Raises:
-        ConfigError: There is none.
-    """
-    module, _, name = path.rpartition(".")
-    try:
-        function = getattr(import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"{place}: {path} cannot be imported ({error}); is it on the path, and spelt right?") from None
-    if not callable(function) or isinstance(function, type):
-        raise ConfigError(f"{place}: {path} is a {type(function).__name__}, not a function; name a function")
-    return cast(Callable[..., Any], function)
-
-
 def _name_and_settings(step: str | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     if isinstance(step, Mapping) and _FUNCTION in step:
         return _FUNCTION, dict(step)
@@ -483,41 +425,10 @@ def _name_and_settings(step: str | Mapping[str, Any]) -> tuple[str, dict[str, An
     if not isinstance(name, str):
         raise ConfigError(f"data.cleaning: {step!r} is no step; write a name, or a mapping of one name to its settings")
     if name not in _STEPS and name != _DUPLICATES:
-        raise unknown(f"data.cleaning: {name!r} is no step", name, [*_STEPS, _DUPLICATES, _FUNCTION])
+        raise ConfigError(f"data.cleaning: {name!r} is no step; {nearest(name, [*_STEPS, _DUPLICATES, _FUNCTION])}")
     if settings is not None and not isinstance(settings, Mapping):
         raise ConfigError(f"data.cleaning: {name} takes settings by name, not {settings!r}; write {name}: {{setting: value}}")
     return name, dict(settings or {})
-
-
-def _misfit(value: Any, hint: Any) -> str | None:
-    """What is wrong with a value where an annotation says what it may be; None where nothing is."""
-    choices, origin = get_args(hint), get_origin(hint)
-    if origin is Literal:
-        if value in choices and isinstance(value, str):
-            return None
-        near = difflib.get_close_matches(str(value), choices, n=1)
-        return f"cannot be {value!r}; {f'did you mean {near[0]}?' if near else f'use {_either(choices)}'}"
-    if origin is list:
-        if not isinstance(value, (list, tuple)):
-            return f"takes a list such as [a, b], not {value!r}"
-        return next((problem for item in value if (problem := _misfit(item, choices[0])) is not None), None)
-    if origin is dict:
-        return None if isinstance(value, Mapping) else f"takes names and values, not {value!r}"
-    if choices:  # a union; all of ours are one type or None
-        return None if value is None else _misfit(value, next(choice for choice in choices if choice is not NoneType))
-    if hint is bool:
-        return None if isinstance(value, bool) else f"takes true or false, not {value!r}"
-    if hint is int:
-        fits = isinstance(value, int) and not isinstance(value, bool) and value >= 0
-        return None if fits else f"takes a whole number of at least 0, not {value!r}"
-    if hint is float:
-        fits = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        return None if fits else f"takes a number, not {value!r}"
-    return None if isinstance(value, str) else f"takes text, not {value!r}; put it in quotes"
-
-
-def _either(choices: Sequence[str]) -> str:
-    return f"{', '.join(choices[:-1])} or {choices[-1]}"
 
 
 def _is_emptied(before: Conversation, after: Conversation) -> bool:
@@ -536,26 +447,6 @@ def _map_contents(conversation: Conversation, function: Callable[[str], str]) ->
 def _label(step: CleaningStep, conversation: Conversation, name: str, value: str) -> Conversation:
     step.counts["flagged"] += 1
     return replace(conversation, labels={**conversation.labels, name: value})
-
-
-def _character(match: re.Match[str]) -> str:
-    # Only what ends in a semicolon: html.unescape alone would turn &copy=1 of an address into ©=1.
-    return html.unescape(match[0]) if match[1][0] == "#" or f"{match[1]};" in html5 else match[0]
-
-
-def _joiner(match: re.Match[str]) -> str:
-    before, after = match.string[: match.start()][-1:], match.string[match.end() : match.end() + 1]
-    if not before:
-        return ""
-    within_word = re.fullmatch(f"[{_JOINING}]{{2}}", before + after) is not None
-    after_virama = unicodedata.combining(before) == 9
-    between_emoji = match[0][0] == "\u200d" and bool(after) and _may_be_emoji(before) and _may_be_emoji(after)
-    return match[0][0] if within_word or after_virama or between_emoji else ""
-
-
-def _may_be_emoji(character: str) -> bool:
-    # Symbols, skin tones (Sk) and the variation selector; ^ and + are symbols too.
-    return character == "\ufe0f" or (not character.isascii() and unicodedata.category(character) in {"So", "Sk", "Sm"})
 
 
 def _lines(file: str) -> list[str]:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal, get_args
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from lightning_chatgpt.errors import ConfigError, nearest
+from lightning_chatgpt.settings import check_settings
 
 Ints = npt.NDArray[np.int64]
 Unit = Literal["conversations", "tokens"]
@@ -49,13 +50,8 @@ class Mixture:
         Raises:
             ConfigError: A setting is unknown or out of range, or two contradict each other.
         """
-        known = [f.name for f in fields(cls)]
-        for key in settings or {}:
-            if key not in known:
-                raise ConfigError(f"data.mixture has no setting {key!r}; {nearest(key, known)}")
+        check_settings("data.mixture", settings or {}, cls)
         mixture = cls(**(settings or {}))
-        if mixture.unit not in get_args(Unit):
-            raise ConfigError(f"data.mixture.unit {mixture.unit!r} cannot be used; {nearest(str(mixture.unit), get_args(Unit))}")
         if not mixture.temperature > 0:
             raise ConfigError(f"data.mixture.temperature must be above 0, not {mixture.temperature}")
         if mixture.weights and mixture.temperature != 1.0:

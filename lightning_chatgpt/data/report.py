@@ -33,8 +33,8 @@ def describe(data: ChatDataModule, *, n_examples: int, max_truncated: float) -> 
         n_examples: How many examples are shown token by token.
         max_truncated: The fraction of conversations that may be longer than ``max_length`` before it is called a surprise.
 
-    Returns: what reading, cleaning, splitting and encoding found (``sources``, ``duplicates``, ``leaks``); ``settings``; for each of ``parts``
-        its counts and distributions; ``examples`` with the text, loss weight and kind of each token; ``surprises``, one line each.
+    Returns: what reading, cleaning, splitting and encoding found (``sources``, ``duplicates``, ``leaks``); ``settings``; for each of
+        ``parts`` its counts and distributions; ``examples`` with the text, loss weight and kind of each token; ``surprises``, a line each.
     """
     assert data.tokenizer is not None
     report: dict[str, Any] = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
@@ -18,6 +18,7 @@ from lightning_chatgpt.data.corpora import corpus_version, read_corpus
 from lightning_chatgpt.data.readers import SUFFIXES, Record, format_of, read_records, read_text
 from lightning_chatgpt.errors import ConfigError, DataError, nearest
 from lightning_chatgpt.hub import hub_problem
+from lightning_chatgpt.settings import check_settings
 
 Source = str | dict[str, Any]
 
@@ -58,10 +59,7 @@ class SourceSettings:
         """
         if isinstance(source, str):
             return cls(source=source, name=source)
-        known = [f.name for f in fields(cls)]
-        for key in source:
-            if key not in known:
-                raise ConfigError(f"data: a source has no setting {key!r}; {nearest(key, known)}")
+        check_settings("data: a source", source, cls)
         if ("source" in source) == ("class_path" in source):
             raise ConfigError(f"data: a source needs one of source and class_path, found {source!r}")
         return cls(**{"name": source.get("source") or source["class_path"], **source})

@@ -30,7 +30,7 @@ def find_function(name: str, *, setting: str, group: str | None = None) -> Calla
             function = getattr(import_module(module or "builtins"), attribute)
         except (ImportError, AttributeError, ValueError) as error:
             raise ConfigError(f"{setting} {name}: cannot be imported ({error}); is it on the path, and spelt right?") from None
-    if not callable(function):
+    if not callable(function) or isinstance(function, type):
         raise ConfigError(f"{setting} {name}: is a {type(function).__name__}, not a function")
     return function  # type: ignore[no-any-return]
 

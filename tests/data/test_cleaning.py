@@ -369,7 +369,7 @@ def test_a_users_own_function() -> None:
         ({"refusals": {"patterns": ["(no"]}}, r"'\(no' is no regular expression"),
         ({"normalise": {}, "redact": {}}, "is no step; write a name, or a mapping of one name"),
         (17, "17 is no step"),
-        ({"class_path": "no_such_package.f"}, "no_such_package.f cannot be imported"),
+        ({"class_path": "no_such_package.f"}, "no_such_package.f: cannot be imported"),
         ({"class_path": f"{__name__}.nothing"}, "cannot be imported"),
         ({"class_path": "collections.Counter"}, "is a type, not a function"),
         ({"class_path": f"{__name__}.shorten", "init_args": {"kept": 2}}, "does not take these init_args"),

@@ -25,7 +25,7 @@ from lightning_chatgpt.callbacks.throughput import TokenThroughput
 from lightning_chatgpt.commands.inspect import InspectTrainer
 from lightning_chatgpt.configuration import check_keys, one_line, resolve_arguments
 from lightning_chatgpt.data.chat import ChatDataModule
-from lightning_chatgpt.errors import ConfigError
+from lightning_chatgpt.errors import ConfigError, UserError
 from lightning_chatgpt.models.build import read_checkpoint
 from lightning_chatgpt.models.causal_lm import CausalLMModule
 
@@ -207,6 +207,12 @@ def run_trainer_verb(arguments: Sequence[str]) -> None:
         ChatCLI(arguments)
     except MisconfigurationException as error:
         raise ConfigError(" ".join(str(error).split())) from None
+    except ValueError as error:
+        # jsonargparse wraps what a class says of its own settings into a page about types.
+        said: BaseException | None = error
+        while said is not None and not isinstance(said, UserError):
+            said = said.__cause__
+        raise (said or error) from None
 
 
 def _quieten() -> None:

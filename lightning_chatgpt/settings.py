@@ -8,10 +8,12 @@ from collections.abc import Mapping
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+import yaml
+
 from lightning_chatgpt.errors import ConfigError, nearest
 
 
-def check_settings(place: str, settings: Mapping[str, Any], target: type) -> None:
+def check_settings(place: str, settings: Mapping[str, Any], target: type) -> dict[str, Any]:
     """Check a user's settings against the annotations of a class's ``__init__``.
 
     Args:
@@ -19,19 +21,34 @@ def check_settings(place: str, settings: Mapping[str, Any], target: type) -> Non
         settings: Names and values, as YAML has them.
         target: What they are for; its ``__init__`` takes nothing but named plain data.
 
+    Returns: the settings; numbers that the command line left as text are numbers.
+
     Raises:
         ConfigError: A setting is unknown, missing, or of a type that the annotation does not allow.
     """
     hints = get_type_hints(target.__init__)  # type: ignore[misc]  # only read
     parameters = inspect.signature(target).parameters
+    typed = {}
     for name, value in settings.items():
         if name not in parameters:
             raise ConfigError(f"{place}.{name} is no setting; {nearest(str(name), parameters)}")
+        typed[name] = value = _typed(value, hints[name])
         if (problem := _misfit(value, hints[name])) is not None:
             raise ConfigError(f"{place}.{name} {problem}")
     for name, parameter in parameters.items():
         if parameter.default is parameter.empty and name not in settings:
             raise ConfigError(f"{place}.{name} is missing; give it")
+    return typed
+
+
+def _typed(value: Any, hint: Any) -> Any:
+    """What ``--data.mixture.weights.mine 2`` gives is text where the annotation says number; YAML's own values stay as they are."""
+    choices = get_args(hint)
+    if isinstance(value, Mapping) and get_origin(hint) is dict:
+        return {name: _typed(item, choices[1]) for name, item in value.items()}
+    if isinstance(value, str) and {hint, *choices} & {int, float, bool} and str not in choices:
+        return yaml.safe_load(value)
+    return value
 
 
 def _misfit(value: Any, hint: Any) -> str | None:

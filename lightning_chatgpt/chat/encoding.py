@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from lightning_chatgpt.chat.conversation import Conversation, Message
 from lightning_chatgpt.chat.jinja import template_of
 from lightning_chatgpt.chat.template import Segment, Supervise, Turn, is_learnt, supervised_roles
+from lightning_chatgpt.chat.tokenizer import continuation_ids
 from lightning_chatgpt.chat.truncation import EncodedTurn, Truncation, drop_unlearnt_end, fit
 from lightning_chatgpt.errors import DataError
 
@@ -86,6 +87,7 @@ class Encoder:
         self.max_length = max_length
         self.truncation: Truncation = truncation
         self.supervise = supervise
+        self._continuations = continuation_ids(tokenizer)
         self._frames: dict[tuple[Segment, ...], tuple[list[int], list[float]]] = {}
 
     def encode(self, conversations: Iterable[Conversation]) -> Iterator[EncodedChat]:
@@ -96,12 +98,13 @@ class Encoder:
         Raises:
             DataError: The template cannot write one of them, one is too long under ``error``, or ``max_length`` leaves no room.
         """
-        rest = iter(conversations)
-        while chats := list(islice(rest, _CHATS_AT_ONCE)):
-            written = [self._write(chat) for chat in chats]
-            ids_of = self._encode_texts(turn.content for turns in written for turn in turns)
-            for chat, turns in zip(chats, written, strict=True):
-                yield self._encode_chat(chat, self._encode_turns(chat.messages, turns, ids_of))
+        for chat, turns in self._encoded_turns(conversations):
+            yield self._encode_chat(chat, turns, self.truncation)
+
+    def compare(self, conversations: Iterable[Conversation], policies: Sequence[Truncation]) -> Iterator[dict[str, EncodedChat]]:
+        """What each way of truncation would make of each conversation."""
+        for chat, turns in self._encoded_turns(conversations):
+            yield {policy: self._encode_chat(chat, turns, policy) for policy in policies}
 
     def encode_prompt(self, conversation: Conversation) -> list[int]:
         """Encode a conversation up to where the assistant is about to speak; the oldest exchanges are left out to fit.
@@ -120,17 +123,25 @@ class Encoder:
         (window,) = self._windows(turns, max_length=self.max_length - len(opening_ids), truncation="drop_oldest", rewrite=rewrite)
         return [*chain.from_iterable(turn.ids() for turn in window), *opening_ids]
 
-    def _encode_chat(self, chat: Conversation, turns: list[EncodedTurn]) -> EncodedChat:
+    def _encoded_turns(self, conversations: Iterable[Conversation]) -> Iterator[tuple[Conversation, list[EncodedTurn]]]:
+        rest = iter(conversations)
+        while chats := list(islice(rest, _CHATS_AT_ONCE)):
+            written = [self._write(chat) for chat in chats]
+            ids_of = self._encode_texts(turn.content for turns in written for turn in turns)
+            for chat, turns in zip(chats, written, strict=True):
+                yield chat, self._encode_turns(chat.messages, turns, ids_of)
+
+    def _encode_chat(self, chat: Conversation, turns: list[EncodedTurn], truncation: Truncation) -> EncodedChat:
         n_tokens = sum(map(len, turns))
         n_supervised = sum(turn.n_supervised() for turn in turns)
         if n_tokens <= self.max_length:
             windows = [turns]
-        elif self.truncation == "error":
+        elif truncation == "error":
             raise DataError(
                 f"{chat.id}: {n_tokens} tokens are more than data.max_length {self.max_length}; raise it, or set data.truncation to "
                 "drop_oldest, split or skip"
             )
-        elif self.truncation == "skip":
+        elif truncation == "skip":
             windows = []
         else:
 
@@ -139,7 +150,7 @@ class Encoder:
                 return self._with_contents(self.template.write(chosen), chosen, window)
 
             turns = drop_unlearnt_end(turns, max_length=self.max_length)
-            windows = self._windows(turns, max_length=self.max_length, truncation=self.truncation, rewrite=rewrite)
+            windows = self._windows(turns, max_length=self.max_length, truncation=truncation, rewrite=rewrite)
         n_kept = sum(turn.n_supervised() for turns in windows for turn in turns)
         return EncodedChat(
             [_to_example(window) for window in windows],
@@ -152,7 +163,7 @@ class Encoder:
     def _windows(self, turns: list[EncodedTurn], *, max_length: int, truncation: Truncation, rewrite: Any) -> list[list[EncodedTurn]]:
         room = max_length
         while True:
-            windows = fit(turns, max_length=room, truncation=truncation)
+            windows = fit(turns, max_length=room, truncation=truncation, continuations=self._continuations)
             if self.template.is_additive or windows == [turns]:
                 return windows
             # A template may write what is left differently, such as a default system message in place of the first.

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lightning_chatgpt.chat.jinja import TOKEN_IN_TEMPLATE, read_template, template_of
@@ -140,13 +141,45 @@ def token_byte_lengths(tokenizer: PreTrainedTokenizerFast) -> list[int] | None:
 
     Returns: one length for each id, or None where the tokenizer is not byte-level, as the lengths are not known then.
     """
-    decoder = json.loads(tokenizer.backend_tokenizer.to_str())["decoder"]
-    if (decoder or {}).get("type") != "ByteLevel":
+    if not _is_byte_level(tokenizer):
         return None
     special = set(tokenizer.all_special_ids)
     # A byte-level vocabulary spells each byte as one character.
     tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
     return [0 if i in special or token is None else len(token) for i, token in enumerate(tokens)]
+
+
+def continuation_ids(tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
+    """Ids of tokens that begin within a character of several bytes; none where the tokenizer is not byte-level."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    if not _is_byte_level(tokenizer):
+        return frozenset()
+    # In UTF-8 every byte of a character but its first is of the form 10xxxxxx.
+    inner = {character for byte, character in bytes_to_unicode().items() if byte & 0xC0 == 0x80}
+    special = set(tokenizer.all_special_ids)
+    return frozenset(token_id for token, token_id in tokenizer.get_vocab().items() if token[:1] in inner and token_id not in special)
+
+
+def token_texts(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> list[str]:
+    """The text of each token; where several make one character, the last has it and the others are empty."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    tokens: Any = tokenizer.convert_ids_to_tokens(list(ids))
+    if not _is_byte_level(tokenizer):
+        return [str(tokenizer.decode([token_id])) for token_id in ids]
+    special = set(tokenizer.all_special_ids)
+    byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    return [
+        token if token_id in special else decoder.decode(bytes(byte_of[character] for character in token))
+        for token_id, token in zip(ids, tokens, strict=True)
+    ]
+
+
+def _is_byte_level(tokenizer: PreTrainedTokenizerFast) -> bool:
+    decoder = json.loads(tokenizer.backend_tokenizer.to_str())["decoder"]
+    return (decoder or {}).get("type") == "ByteLevel"
 
 
 def tokenizer_state(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:

@@ -5,6 +5,7 @@ Lengths are in tokens.
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -60,13 +61,16 @@ class EncodedTurn:
         return int(sum(self.before_weights) + len(self.content) + sum(self.after_weights)) if self.weight else 0
 
 
-def fit(turns: list[EncodedTurn], *, max_length: int, truncation: Truncation) -> list[list[EncodedTurn]]:
+def fit(
+    turns: list[EncodedTurn], *, max_length: int, truncation: Truncation, continuations: Set[int] = frozenset()
+) -> list[list[EncodedTurn]]:
     """Cut a conversation's turns into windows of at most ``max_length`` tokens, between whole exchanges.
 
     Args:
         turns: The conversation's.
         max_length: Tokens a window may have.
         truncation: ``drop_oldest`` or ``split``.
+        continuations: Ids of tokens that begin within a character: no content is cut before one.
 
     Returns: one window of the latest exchanges, or with ``split`` as many as all exchanges need, each with the system message.
 
@@ -76,9 +80,11 @@ def fit(turns: list[EncodedTurn], *, max_length: int, truncation: Truncation) ->
     if sum(map(len, turns)) <= max_length:
         return [turns]
     n_system = next((i for i, turn in enumerate(turns) if turn.role != "system"), len(turns))
-    system = _shorten(turns[:n_system], max_length=max_length - max_length // 4)  # leaves the exchanges some room
+    system = _shorten(
+        turns[:n_system], max_length=max_length - max_length // 4, continuations=continuations
+    )  # leaves the exchanges some room
     room = max_length - sum(map(len, system))
-    exchanges = [_shorten(exchange, max_length=room) for exchange in _exchanges(turns[n_system:])]
+    exchanges = [_shorten(exchange, max_length=room, continuations=continuations) for exchange in _exchanges(turns[n_system:])]
     windows: list[list[EncodedTurn]] = []
     n_free = 0
     # From the latest backwards, so that with either policy the newest exchanges share a full window.
@@ -114,7 +120,7 @@ def _exchanges(turns: list[EncodedTurn]) -> list[list[EncodedTurn]]:
     return exchanges
 
 
-def _shorten(turns: list[EncodedTurn], *, max_length: int) -> list[EncodedTurn]:
+def _shorten(turns: list[EncodedTurn], *, max_length: int, continuations: Set[int]) -> list[EncodedTurn]:
     """Cut the middle out of the longest contents until the turns fit."""
     turns = list(turns)
     excess = sum(map(len, turns)) - max_length
@@ -124,7 +130,12 @@ def _shorten(turns: list[EncodedTurn], *, max_length: int) -> list[EncodedTurn]:
         if len(longest) < 2:
             raise DataError(f"max_length is too short by {excess} tokens for a message's own markers and the system message; raise it")
         n_kept = max(len(longest) - excess, len(longest) // 2)
-        excess -= len(longest) - n_kept
-        n_head = (n_kept + 1) // 2
-        turns[i] = replace(turns[i], content=longest[:n_head] + longest[len(longest) - (n_kept - n_head) :], is_cut=True)
+        head = (n_kept + 1) // 2
+        tail = len(longest) - (n_kept - head)
+        while head > 0 and longest[head] in continuations:
+            head -= 1
+        while tail < len(longest) and longest[tail] in continuations:
+            tail += 1
+        excess -= tail - head
+        turns[i] = replace(turns[i], content=longest[:head] + longest[tail:], is_cut=True)
     return turns

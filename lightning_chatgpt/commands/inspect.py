@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
+from lightning_chatgpt import __version__
 from lightning_chatgpt.chat.faults import KINDS
 from lightning_chatgpt.data.chat import ChatDataModule
 from lightning_chatgpt.data.report import describe
@@ -51,6 +52,7 @@ class InspectTrainer(Trainer):
         datamodule.is_strict = False  # what would stop a run is what this is to show
         datamodule.setup("fit")
         report = {
+            "version": __version__,
             "command": shlex.join(["python", "-m", "lightning_chatgpt", *sys.argv[1:]]),
             "date": datetime.now().strftime("%Y-%m-%d %H:%M"),
             **describe(datamodule, n_examples=examples, max_truncated=max_truncated),
@@ -60,14 +62,21 @@ class InspectTrainer(Trainer):
         else:
             print_report(report)
             if json is not None:
-                Path(json).write_text(json_format.dumps(report, ensure_ascii=False, indent=1), encoding="utf-8")
+                _write(json, json_format.dumps(report, ensure_ascii=False, indent=1), setting="json")
         if html is not None:
             from lightning_chatgpt.data.report_page import render_page
 
-            Path(html).write_text(render_page(report), encoding="utf-8")
-            print(f"report written to {html}", file=sys.stderr)
+            _write(html, render_page(report), setting="html")
         if report["surprises"]:
             raise SystemExit(1)
+
+
+def _write(name: str, text: str, *, setting: str) -> None:
+    try:
+        Path(name).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{setting} {name}: cannot be written ({error.strerror}); name another file") from None
+    print(f"report written to {name}", file=sys.stderr)
 
 
 def print_report(report: dict[str, Any]) -> None:
@@ -96,6 +105,8 @@ def example_text(tokens: list[list[Any]]) -> Any:
     was_learnt = False
     begins_line = True
     for piece, weight, is_control in tokens:
+        if not piece:
+            continue  # the first bytes of a character, which stands with the last
         is_learnt = weight > 0
         if was_learnt and not is_learnt:
             text.append("»", style="green")
@@ -112,17 +123,18 @@ def example_text(tokens: list[list[Any]]) -> Any:
 
 
 def _print_sources(console: Console, report: dict[str, Any]) -> None:
-    table = _table("Sources", "source", "records", "kept", "schemas", "left out or mended", "cleaning")
+    table = _table("Sources", "source", "records", "kept", "schemas", "cleaning")
+    faults = _table("Faults", "source", "kind", "what it is", "left out", "mended", "first places")
     for name, source in report.get("sources", {}).items():
         schemas = ", ".join(f"{schema} {n}" for schema, n in source.get("schemas", {}).items())
-        faults = source.get("faults", {})
-        told = []
-        for kind, counts in faults.get("counts", {}).items():
-            done = ", ".join(f"{n} {'left out' if action == 'skip' else 'mended'}" for action, n in counts.items())
-            told.append(f"{kind}: {done} ({KINDS[kind].about}; {', '.join(faults['places'][kind][:2])})")
         cleaned = ["; ".join([step["step"], *(f"{k} {n}" for k, n in step.items() if k != "step")]) for step in source.get("cleaning", [])]
-        table.add_row(name, str(source.get("records", "")), str(source["items"]), schemas, "\n".join(told), "\n".join(cleaned))
+        table.add_row(name, f"{source['records']:,}", f"{source['items']:,}", schemas, "\n".join(cleaned))
+        for kind, counts in source.get("faults", {}).get("counts", {}).items():
+            places = "\n".join(source["faults"]["places"][kind][:2])
+            faults.add_row(name, kind, KINDS[kind].about, str(counts.get("skip", 0)), str(counts.get("fix", 0)), places)
     console.print(table)
+    if faults.row_count:
+        console.print(faults)
 
 
 def _print_parts(console: Console, report: dict[str, Any]) -> None:

@@ -136,8 +136,7 @@ def build_augmentation(settings: Mapping[str, Any]) -> Augmentation:
     Raises:
         ConfigError: A setting is unknown or cannot be used, or nothing would be augmented.
     """
-    check_settings("data.augmentation", settings, Augmentation)
-    return Augmentation(**settings)
+    return Augmentation(**check_settings("data.augmentation", settings, Augmentation))
 
 
 def mistype(word: str, *, probability: float, rng: random.Random) -> str:

@@ -7,6 +7,7 @@ import warnings
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -27,7 +28,7 @@ from lightning_chatgpt.data.examples import ExampleDataset
 from lightning_chatgpt.data.mixture import SOURCE_LABEL, Draws, Mixture
 from lightning_chatgpt.data.packing import pack
 from lightning_chatgpt.data.sampler import EpochSampler, ShardSampler
-from lightning_chatgpt.data.selection import Parts, SourceRows, drop_duplicates, find_leaks, split_parts
+from lightning_chatgpt.data.selection import Parts, SourceRows, drop_duplicates, find_leaks, key_of_parts, load_rows, save_rows, split_parts
 from lightning_chatgpt.data.sources import Source, SourceSettings
 from lightning_chatgpt.data.tables import ItemTable, TokenTable
 from lightning_chatgpt.errors import ConfigError, DataError
@@ -223,7 +224,7 @@ class TokenDataModule(LightningDataModule, Generic[Item]):
                 tables[part] = self.prepare_all(value)
         parts = split_parts(tables, validation=fractions.get("validation", 0.0), test=fractions.get("test", 0.0))
         if self.duplicates is not None:
-            parts, self.report["duplicates"] = drop_duplicates(parts, self.duplicates, texts=self._texts_of)
+            parts, self.report["duplicates"] = self._drop_duplicates(parts, self.duplicates)
         if stage == "fit" and self.max_leak is not None:
             self.report["leaks"] = self._check_leaks(parts)
         self.report["parts"] = {part: {"items": sum(len(source.rows) for source in sources)} for part, sources in parts.items()}
@@ -315,8 +316,19 @@ class TokenDataModule(LightningDataModule, Generic[Item]):
     def _texts_of(self, content: str) -> list[str]:
         return self.texts(self.load(content))
 
+    def _drop_duplicates(self, parts: Parts, settings: DuplicateSettings) -> tuple[Parts, dict[str, dict[str, int]]]:
+        def write(path: Path) -> None:
+            save_rows(path, *drop_duplicates(parts, settings, texts=self._texts_of))
+
+        key = key_of_parts(parts, asdict(settings), preparation.code_of(self, "load", "texts"))
+        return load_rows(build_once(self.cache / f"{key}.rows.npz", write), parts)
+
     def _check_leaks(self, parts: Parts) -> dict[str, dict[str, Any]]:
-        leaks = find_leaks(parts, texts=self._texts_of)
+        def write(path: Path) -> None:
+            path.write_text(json.dumps(find_leaks(parts, texts=self._texts_of)))
+
+        key = key_of_parts(parts, "leaks", preparation.code_of(self, "load", "texts"))
+        leaks: dict[str, dict[str, Any]] = json.loads(build_once(self.cache / f"{key}.leaks.json", write).read_text())
         for part, found in leaks.items():
             if self.is_strict and self.max_leak is not None and found["share"] > self.max_leak:
                 raise DataError(

@@ -389,8 +389,7 @@ def build_cleaning(steps: Sequence[str | Mapping[str, Any]]) -> list[CleaningSte
         if name == _DUPLICATES:
             raise ConfigError("data.cleaning: duplicates compares conversations with each other and cannot be a step here; leave it out")
         step = Function if name == _FUNCTION else _STEPS[name]
-        check_settings(f"data.cleaning: {name}", settings, step)
-        built.append(step(**settings))
+        built.append(step(**check_settings(f"data.cleaning: {name}", settings, step)))
     return built
 
 
@@ -411,8 +410,7 @@ def split_duplicates(steps: Sequence[str | Mapping[str, Any]]) -> tuple[list[str
             "name it once and last, so that conversations are compared as they will be trained on"
         )
     settings = _name_and_settings(steps[-1])[1]
-    check_settings("data.cleaning: duplicates", settings, DuplicateSettings)
-    return list(steps[:-1]), DuplicateSettings(**settings)
+    return list(steps[:-1]), DuplicateSettings(**check_settings("data.cleaning: duplicates", settings, DuplicateSettings))
 
 
 def _name_and_settings(step: str | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

@@ -50,8 +50,7 @@ class Mixture:
         Raises:
             ConfigError: A setting is unknown or out of range, or two contradict each other.
         """
-        check_settings("data.mixture", settings or {}, cls)
-        mixture = cls(**(settings or {}))
+        mixture = cls(**check_settings("data.mixture", settings or {}, cls))
         if not mixture.temperature > 0:
             raise ConfigError(f"data.mixture.temperature must be above 0, not {mixture.temperature}")
         if mixture.weights and mixture.temperature != 1.0:

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_utilities.core.rank_zero import rank_zero_only, rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_only
 from tqdm import tqdm
 
 from lightning_chatgpt.chat.faults import KINDS
@@ -89,11 +89,11 @@ def code_of(module: object, *methods: str) -> str:
 
 
 def tell_faults(name: str, about: Mapping[str, Any]) -> None:
-    """Warn of what was left out or mended, and where."""
+    """Tell what was left out or mended, and where."""
     for kind, counts in about.get("faults", {}).get("counts", {}).items():
         done = " and ".join(f"{n} {'left out' if action == 'skip' else 'mended'}" for action, n in counts.items())
         places = ", ".join(about["faults"]["places"][kind])
-        rank_zero_warn(f"{name}: {done} for {KINDS[kind].about} ({kind}), the first at {places}")
+        rank_zero_info(f"{name}: {done} for {KINDS[kind].about} ({kind}), the first at {places}")
 
 
 def why_nothing(abouts: Iterable[Mapping[str, Any]]) -> str:

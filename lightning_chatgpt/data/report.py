@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lightning_chatgpt.chat.conversation import Conversation
-from lightning_chatgpt.chat.encoding import Encoder
+from lightning_chatgpt.chat.encoding import EncodedChat, Encoder
 from lightning_chatgpt.chat.jinja import template_of
+from lightning_chatgpt.chat.tokenizer import token_texts
 from lightning_chatgpt.chat.truncation import Truncation
 from lightning_chatgpt.data.examples import ExampleDataset
 from lightning_chatgpt.data.packing import pack, padding_share
 from lightning_chatgpt.data.sampler import EpochSampler
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
-
     from lightning_chatgpt.data.chat import ChatDataModule
 
 _N_BINS = 24
@@ -60,13 +59,13 @@ def _describe_part(data: ChatDataModule, part: str) -> dict[str, Any]:
     roles: dict[str, Counter[str]] = {}
     lengths: list[int] = []
     policies: dict[str, Counter[str]] = {policy: Counter(lost=0, examples=0) for policy in _POLICIES}
-    for conversation, n_tokens, found in _encoded(data, part):
+    for conversation, found in _encoded(data, part):
         turns[len(conversation.messages)] += 1
         for message in conversation.messages:
             roles.setdefault(message.role, Counter()).update(messages=1, characters=len(message.content))
-        lengths.append(n_tokens)
-        for policy, counts in found.items():
-            policies[policy].update(counts)
+        lengths.append(found["skip"].n_tokens)
+        for policy, chat in found.items():
+            policies[policy].update(lost=chat.n_lost, examples=len(chat.examples))
     return {
         "examples": len(dataset),
         "lengths": _histogram(lengths),
@@ -78,32 +77,20 @@ def _describe_part(data: ChatDataModule, part: str) -> dict[str, Any]:
     }
 
 
-def _encoded(data: ChatDataModule, part: str) -> Iterator[tuple[Conversation, int, dict[str, dict[str, int]]]]:
-    """Each conversation, its tokens, and what each way of truncation would make of it."""
+def _encoded(data: ChatDataModule, part: str) -> Iterator[tuple[Conversation, dict[str, EncodedChat]]]:
+    """Each conversation, and what each way of truncation would make of it."""
     assert data.tokenizer is not None and data.max_length is not None
-    encoders = {
-        policy: Encoder(data.tokenizer, max_length=data.max_length, truncation=policy, supervise=data.supervise) for policy in _POLICIES
-    }
-    dataset = data.datasets[part]
-    chats = (data.load(content) for source in dataset.sources for content in source.table.column("content", source.rows))
-    for conversation, whole in _with_lengths(encoders["skip"], chats):
-        if whole.n_tokens <= data.max_length:
-            yield conversation, whole.n_tokens, {policy: {"lost": 0, "examples": 1} for policy in _POLICIES}
-            continue
-        found = {policy: next(encoder.encode([conversation])) for policy, encoder in encoders.items()}
-        yield conversation, whole.n_tokens, {p: {"lost": chat.n_lost, "examples": len(chat.examples)} for p, chat in found.items()}
+    encoder = Encoder(data.tokenizer, max_length=data.max_length, supervise=data.supervise)
+    waiting: deque[Conversation] = deque()
 
+    def chats() -> Iterator[Conversation]:
+        for source in data.datasets[part].sources:
+            for content in source.table.column("content", source.rows):
+                waiting.append(data.load(content))
+                yield waiting[-1]
 
-def _with_lengths(encoder: Encoder, chats: Iterator[Conversation]) -> Iterator[tuple[Conversation, Any]]:
-    waiting: list[Conversation] = []
-
-    def kept() -> Iterator[Conversation]:
-        for chat in chats:
-            waiting.append(chat)
-            yield chat
-
-    for encoded in encoder.encode(kept()):
-        yield waiting.pop(0), encoded
+    for found in encoder.compare(chats(), _POLICIES):
+        yield waiting.popleft(), found
 
 
 def _histogram(lengths: list[int]) -> list[list[int]]:
@@ -153,21 +140,6 @@ def _examples(data: ChatDataModule, n_examples: int) -> list[dict[str, Any]]:
 
 def _ids(data: ChatDataModule, source: Any, n: int) -> list[str]:
     return [data.load(content).id for content in source.table.column("content", source.rows[:n])]
-
-
-def token_texts(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> list[str]:
-    """The text of each token; where several make one character, the last shows it and the others an ellipsis."""
-    texts: list[str] = []
-    pending: list[int] = []
-    for token in ids:
-        pending.append(token)
-        text = tokenizer.decode(pending)
-        if "\ufffd" in text and len(pending) < 4:  # no character takes more than four bytes
-            texts.append("…")
-            continue
-        texts.append(str(text))
-        pending = []
-    return texts
 
 
 def _surprises(report: dict[str, Any], data: ChatDataModule, *, max_truncated: float) -> Iterator[str]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from lightning_chatgpt.data.cache import key_of
 from lightning_chatgpt.data.duplicates import DuplicateSettings, LeakCheck, NearDuplicates
 from lightning_chatgpt.data.splits import Ints, split
 from lightning_chatgpt.data.tables import ItemTable
@@ -92,6 +96,29 @@ def drop_duplicates(
                 rows = rows[keep]
             kept[part].append(SourceRows(source.name, source.table, rows))
     return {part: kept[part] for part in parts}, counts
+
+
+def key_of_parts(parts: Parts, *settings: Any) -> str:
+    """A key that is equal for equal items in equal parts."""
+    held = {part: [[of.table.about["digest"], blake2b(of.rows.tobytes()).hexdigest()] for of in sources] for part, sources in parts.items()}
+    return key_of(held, *settings)
+
+
+def save_rows(path: Path, parts: Parts, counts: dict[str, dict[str, int]]) -> None:
+    """Write down which rows are left of each part."""
+    rows = {f"{part}/{i}": source.rows for part, sources in parts.items() for i, source in enumerate(sources)}
+    with path.open("wb") as file:
+        np.savez(file, counts=np.array(json.dumps(counts)), **rows)  # type: ignore[arg-type]  # numpy takes names for settings
+
+
+def load_rows(path: Path, parts: Parts) -> tuple[Parts, dict[str, dict[str, int]]]:
+    """The parts with only the rows that :func:`save_rows` wrote down, and its counts."""
+    with np.load(path) as saved:
+        left = {
+            part: [SourceRows(source.name, source.table, saved[f"{part}/{i}"]) for i, source in enumerate(sources)]
+            for part, sources in parts.items()
+        }
+        return left, json.loads(str(saved["counts"]))
 
 
 def find_leaks(parts: Parts, *, texts: Callable[[str], Sequence[str]]) -> dict[str, dict[str, Any]]:

@@ -59,7 +59,7 @@ class SourceSettings:
         """
         if isinstance(source, str):
             return cls(source=source, name=source)
-        check_settings("data: a source", source, cls)
+        check_settings("data: source", source, cls)
         if ("source" in source) == ("class_path" in source):
             raise ConfigError(f"data: a source needs one of source and class_path, found {source!r}")
         return cls(**{"name": source.get("source") or source["class_path"], **source})

@@ -189,7 +189,7 @@ def test_paraphrase() -> None:
         ({"swaps": 0.1}, "data.augmentation.swaps is no setting; did you mean swap"),
         ({"mask": 0.1, "mask_text": " "}, "mask_text is blank"),
         ({"swap": 0.1, "mask_text": "?"}, "mask_text '[?]' is never used; set data.augmentation.mask"),
-        ({"paraphrase": "no_such_package.f"}, "data.augmentation.paraphrase: no_such_package.f: cannot be imported"),
+        ({"paraphrase": "no_such_package.f"}, "data.augmentation.paraphrase no_such_package.f: cannot be imported"),
         ({"paraphrase": "random.Random"}, "is a type, not a function"),
         ({"paraphrase": "shutil.copyfileobj.nothing"}, "cannot be imported"),
         ({"paraphrase": "re.sub"}, "re.sub needs 3 arguments"),

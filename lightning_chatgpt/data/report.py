@@ -20,7 +20,7 @@ from lightning_chatgpt.data.sampler import EpochSampler
 if TYPE_CHECKING:
     from lightning_chatgpt.data.chat import ChatDataModule
 
-_N_BINS = 24
+_SHORTEST_BIN = 8
 _POLICIES: tuple[Truncation, ...] = ("drop_oldest", "split", "skip")
 
 
@@ -94,12 +94,15 @@ def _encoded(data: ChatDataModule, part: str) -> Iterator[tuple[Conversation, di
 
 
 def _histogram(lengths: list[int]) -> list[list[int]]:
-    """From, to and count of bins of one width."""
+    """From, to and count of bins, two for each doubling: chats range from a few tokens to tens of thousands."""
     if not lengths:
         return []
-    width = max(1, -(-(max(lengths) + 1) // _N_BINS))
-    counts = np.bincount(np.array(lengths) // width)
-    return [[i * width, (i + 1) * width, int(count)] for i, count in enumerate(counts)]
+    n_bins = 2 + int(2 * np.log2(max(1, max(lengths) / _SHORTEST_BIN)))
+    edges = [0, *(round(_SHORTEST_BIN * 2 ** (i / 2)) for i in range(n_bins))]
+    counts, _ = np.histogram(lengths, bins=edges)
+    bins = [[start, end, int(count)] for start, end, count in zip(edges[:-1], edges[1:], counts, strict=True)]
+    filled = [i for i, (_, _, count) in enumerate(bins) if count]
+    return bins[filled[0] : filled[-1] + 1]
 
 
 def _padding(data: ChatDataModule, dataset: ExampleDataset) -> dict[str, float]:

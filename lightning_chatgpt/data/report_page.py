@@ -203,10 +203,11 @@ def _lengths(parts: Mapping[str, Mapping[str, Any]], max_length: Any) -> Iterato
             note += f" longer than max_length, {max_length:,} tokens" + (" (the dashed line)." if max_length < 1.5 * end else ".")
 
         def draw(axes: Axes, bins: Any = bins, end: int = end) -> None:
-            starts, stops, counts = zip(*bins, strict=True)
+            starts, stops, counts = zip(*((max(start, 1), stop, count) for start, stop, count in bins), strict=True)
             widths = [stop - start for start, stop in zip(starts, stops, strict=True)]
             axes.bar(starts, counts, width=widths, align="edge", color=_COLOURS[0], edgecolor="#ffffff40", linewidth=0.4)
-            axes.set(xlabel="tokens of the whole conversation", ylabel="conversations", xlim=(0, None))
+            axes.set_xscale("log", base=2)  # chats range from a few tokens to tens of thousands
+            axes.set(xlabel="tokens of the whole conversation", ylabel="conversations")
             axes.xaxis.set_major_formatter("{x:,.0f}")
             axes.yaxis.set_major_formatter("{x:,.0f}")
             axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
@@ -305,6 +306,7 @@ def _bars(
         is_share: Whether bars are fractions of 1.
     """
     from matplotlib.patches import Patch
+    from matplotlib.ticker import MaxNLocator
 
     categories = list(dict.fromkeys(key for values in series.values() for key in values))
     if not any(any(values.values()) for values in series.values()):
@@ -326,6 +328,7 @@ def _bars(
         axes.set_xlim(0, longest * (1.06 + 0.032 * n_label))  # room for the label beside the longest bar
         axes.set(xlabel=axis, ylabel=category)
         axes.xaxis.set_major_formatter((lambda x, _: f"{x:.0%}" if x <= 1 else "") if is_share else "{x:,.0f}")
+        axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.tick_params(axis="y", length=0)
         if len(series) > 1:
             patches = [Patch(color=colour, label=_clean(name)) for colour, name in zip(colours, series, strict=True)]

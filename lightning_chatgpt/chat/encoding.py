@@ -8,7 +8,9 @@ Shapes: an Example's lists all have length T, at most ``max_length``.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from lightning_chatgpt.chat.conversation import Conversation, Message
 from lightning_chatgpt.chat.jinja import template_of
 from lightning_chatgpt.chat.template import Segment, Supervise, Turn, is_learnt, supervised_roles
+from lightning_chatgpt.chat.text_encoding import TextEncoder
 from lightning_chatgpt.chat.tokenizer import continuation_ids
 from lightning_chatgpt.chat.truncation import EncodedTurn, Truncation, drop_unlearnt_end, fit
 from lightning_chatgpt.errors import DataError
@@ -53,8 +56,9 @@ class EncodedChat:
 
     @property
     def is_truncated(self) -> bool:
-        """Whether it was too long."""
-        return sum(len(example.input_ids) for example in self.examples) != self.n_tokens or len(self.examples) != 1
+        """Whether truncation took something away; a conversation that ``split`` spread over several examples is whole."""
+        has_less = len(self.examples) < 2 and sum(len(example.input_ids) for example in self.examples) < self.n_tokens
+        return has_less or self.is_cut or self.n_lost > 0
 
 
 class Encoder:
@@ -88,6 +92,7 @@ class Encoder:
         self.truncation: Truncation = truncation
         self.supervise = supervise
         self._continuations = continuation_ids(tokenizer)
+        self._texts = TextEncoder(tokenizer)
         self._frames: dict[tuple[Segment, ...], tuple[list[int], list[float]]] = {}
 
     def encode(self, conversations: Iterable[Conversation]) -> Iterator[EncodedChat]:
@@ -98,13 +103,13 @@ class Encoder:
         Raises:
             DataError: The template cannot write one of them, one is too long under ``error``, or ``max_length`` leaves no room.
         """
-        for chat, turns in self._encoded_turns(conversations):
-            yield self._encode_chat(chat, turns, self.truncation)
+        for (chat,) in self._encode_ways(conversations, [self.truncation]):
+            yield chat
 
     def compare(self, conversations: Iterable[Conversation], policies: Sequence[Truncation]) -> Iterator[dict[str, EncodedChat]]:
         """What each way of truncation would make of each conversation."""
-        for chat, turns in self._encoded_turns(conversations):
-            yield {policy: self._encode_chat(chat, turns, policy) for policy in policies}
+        for chats in self._encode_ways(conversations, policies):
+            yield dict(zip(policies, chats, strict=True))
 
     def encode_prompt(self, conversation: Conversation) -> list[int]:
         """Encode a conversation up to where the assistant is about to speak; the oldest exchanges are left out to fit.
@@ -123,13 +128,17 @@ class Encoder:
         (window,) = self._windows(turns, max_length=self.max_length - len(opening_ids), truncation="drop_oldest", rewrite=rewrite)
         return [*chain.from_iterable(turn.ids() for turn in window), *opening_ids]
 
-    def _encoded_turns(self, conversations: Iterable[Conversation]) -> Iterator[tuple[Conversation, list[EncodedTurn]]]:
+    def _encode_ways(self, conversations: Iterable[Conversation], ways: Sequence[Truncation]) -> Iterator[list[EncodedChat]]:
         rest = iter(conversations)
         while chats := list(islice(rest, _CHATS_AT_ONCE)):
-            written = [self._write(chat) for chat in chats]
-            ids_of = self._encode_texts(turn.content for turns in written for turn in turns)
-            for chat, turns in zip(chats, written, strict=True):
-                yield chat, self._encode_turns(chat.messages, turns, ids_of)
+            with _garbage_kept():
+                written = [self._write(chat) for chat in chats]
+                ids_of = self._encode_texts(turn.content for turns in written for turn in turns)
+                encoded = []
+                for chat, turns in zip(chats, written, strict=True):
+                    encoded_turns = self._encode_turns(chat.messages, turns, ids_of)
+                    encoded.append([self._encode_chat(chat, encoded_turns, way) for way in ways])
+            yield from encoded
 
     def _encode_chat(self, chat: Conversation, turns: list[EncodedTurn], truncation: Truncation) -> EncodedChat:
         n_tokens = sum(map(len, turns))
@@ -181,7 +190,7 @@ class Encoder:
 
     def _encode_texts(self, texts: Iterable[str]) -> dict[str, list[int]]:
         distinct = [text for text in dict.fromkeys(texts) if text]
-        return {"": [], **dict(zip(distinct, encode_texts(distinct, tokenizer=self.tokenizer), strict=True))}
+        return {"": [], **dict(zip(distinct, self._texts.encode(distinct), strict=True))}
 
     def _encode_turns(self, messages: Sequence[Message], turns: list[Turn], ids_of: dict[str, list[int]]) -> list[EncodedTurn]:
         learnt = is_learnt(messages, self.supervise)
@@ -216,15 +225,16 @@ class Encoder:
         return self._frames[segments]
 
 
-def encode_texts(texts: Sequence[str], *, tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
-    """Encode texts, on all cores; whatever they spell, no control token comes of it."""
-    backend = tokenizer.backend_tokenizer
-    was_encoding_special = backend.encode_special_tokens
-    backend.encode_special_tokens = True  # as ordinary text, that is
+@contextmanager
+def _garbage_kept() -> Iterator[None]:
+    """Without the search for cycles: there are none among millions of small lists, and looking took a third of the time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
     try:
-        return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        yield
     finally:
-        backend.encode_special_tokens = was_encoding_special
+        if was_enabled:
+            gc.enable()
 
 
 def _to_example(turns: list[EncodedTurn]) -> Example:

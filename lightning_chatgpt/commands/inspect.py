@@ -42,7 +42,7 @@ class InspectTrainer(Trainer):
             examples: How many examples are shown token by token.
             html: A file to write the report to as a page, with plots.
             json: A file to write the report to for scripts; - for standard output, and nothing else there.
-            max_truncated: The fraction of conversations that may be longer than data.max_length before it is a surprise.
+            max_truncated: The fraction of conversations that truncation may shorten before it is a surprise.
             ckpt_path: A checkpoint whose tokenizer is taken.
         """
         if not isinstance(datamodule, ChatDataModule):
@@ -152,7 +152,8 @@ def _print_parts(console: Console, report: dict[str, Any]) -> None:
     number("examples", "examples")
     number("tokens", "tokens")
     row("supervised", *(f"{c['supervised']:,} ({c['supervised'] / max(1, c['tokens']):.0%})" for c in parts.values()))
-    number("longer than max_length", "truncated")
+    number("longer than max_length", "longer")
+    number("shortened by truncation", "truncated")
     number("cut inside a message", "cut")
     number("nothing to learn, left out", "unsupervised")
     for policy in ("drop_oldest", "split", "skip"):

@@ -376,7 +376,7 @@ class TokenDataModule(LightningDataModule, Generic[Item]):
         )
         if counts["truncated"]:
             rank_zero_info(
-                f"{part}: {counts['truncated']} longer than {self.max_length} tokens, {counts['lost']} supervised tokens lost by that"
+                f"{part}: {counts['truncated']} shortened to {self.max_length} tokens, {counts['lost']} supervised tokens lost by that"
             )
         self.report["parts"][part] = {**self.report["parts"][part], **counts}
         return dataset

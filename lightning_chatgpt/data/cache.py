@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ from filelock import FileLock, Timeout
 from lightning_utilities.core.rank_zero import rank_zero_info
 
 ENVIRONMENT_VARIABLE = "LIGHTNING_CHATGPT_CACHE"
-_FORMAT = 1  # counted up when what is written changes: older files are then no longer found
 _PATIENCE_SECONDS = 5.0
 
 
@@ -25,8 +25,18 @@ def cache_folder(setting: str | None) -> Path:
 
 def key_of(*parts: Any) -> str:
     """A digest of plain data: equal parts, equal key."""
-    text = json.dumps([_FORMAT, *parts], sort_keys=True, default=str)
+    text = json.dumps([_own_code(), *parts], sort_keys=True, default=str)
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+
+
+@cache
+def _own_code() -> str:
+    """A digest of the code that reads and encodes: what another version of it wrote is not found again."""
+    digest = hashlib.blake2b(digest_size=16)
+    package = Path(__file__).parent.parent
+    for path in sorted([*(package / "chat").glob("*.py"), *(package / "data").glob("*.py")]):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def build_once(path: Path, build: Callable[[Path], None]) -> Path:

@@ -30,7 +30,7 @@ def describe(data: ChatDataModule, *, n_examples: int, max_truncated: float) -> 
     Args:
         data: After ``setup("fit")``.
         n_examples: How many examples are shown token by token.
-        max_truncated: The fraction of conversations that may be longer than ``max_length`` before it is called a surprise.
+        max_truncated: The fraction of conversations that truncation may shorten before it is called a surprise.
 
     Returns: what reading, cleaning, splitting and encoding found (``sources``, ``duplicates``, ``leaks``); ``settings``; for each of
         ``parts`` its counts and distributions; ``examples`` with the text, loss weight and kind of each token; ``surprises``, a line each.
@@ -68,6 +68,7 @@ def _describe_part(data: ChatDataModule, part: str) -> dict[str, Any]:
             policies[policy].update(lost=chat.n_lost, examples=len(chat.examples))
     return {
         "examples": len(dataset),
+        "longer": sum(length > (data.max_length or 0) for length in lengths),
         "lengths": _histogram(lengths),
         "turns": {str(n): count for n, count in sorted(turns.items())},
         "roles": {role: dict(counts) for role, counts in roles.items()},
@@ -160,7 +161,7 @@ def _surprises(report: dict[str, Any], data: ChatDataModule, *, max_truncated: f
         share = counts.get("truncated", 0) / max(1, counts["items"])
         if share > max_truncated:
             yield (
-                f"{part}: {counts['truncated']} of {counts['items']} conversations ({share:.0%}) are longer than {data.max_length} tokens, "
+                f"{part}: {counts['truncated']} of {counts['items']} conversations ({share:.0%}) are cut to {data.max_length} tokens, "
                 f"and {counts['lost']} supervised tokens are lost by that; raise data.max_length, or set data.truncation to split"
             )
     for name, source in report.get("sources", {}).items():

@@ -41,7 +41,8 @@ _COUNTS = {
     "augmented": "augmented copies, their examples counted above",
     "tokens": "tokens the model reads",
     "supervised": "tokens it learns to say (supervised)",
-    "truncated": "conversations longer than max_length",
+    "longer": "conversations longer than max_length",
+    "truncated": "conversations shortened by truncation",
     "lost": "supervised tokens lost by that",
     "cut": "conversations with a message cut in the middle",
     "skipped": "conversations too long and left out",
@@ -197,7 +198,7 @@ def _lengths(parts: Mapping[str, Mapping[str, Any]], max_length: Any) -> Iterato
         note, end = "", max(stop for _, stop, _ in bins)
         if isinstance(max_length, int):
             # Encoding counts exactly; the bins can only say how many may be longer.
-            n_long = part.get("truncated", sum(count for start, _, count in bins if start > max_length))
+            n_long = part.get("longer", sum(count for start, _, count in bins if start > max_length))
             share = _percent(n_long / n_all) if n_long else ""
             note = f"{n_long:,} of {n_all:,} ({share}) are" if n_long else f"None of {n_all:,} is"
             note += f" longer than max_length, {max_length:,} tokens" + (" (the dashed line)." if max_length < 1.5 * end else ".")

@@ -61,7 +61,8 @@ class ItemTable:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        batches = [(np.array(b["place"]), np.frombuffer(b["digest"].buffers()[1], "S16")) for b in self._batches("place", "digest")]
+        # Copies: a view would keep the whole batch in memory, contents and all.
+        batches = [(np.array(b["place"]), np.frombuffer(b["digest"].buffers()[1], "S16").copy()) for b in self._batches("place", "digest")]
         self.places: npt.NDArray[np.float64] = np.concatenate([np.array([], np.float64), *(places for places, _ in batches)])
         self.digests: npt.NDArray[np.bytes_] = np.concatenate([np.array([], "S16"), *(digests for _, digests in batches)])
         with pa.OSFile(str(path)) as file:

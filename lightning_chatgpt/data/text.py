@@ -8,8 +8,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
-from lightning_chatgpt.chat.encoding import Example, encode_texts
+from lightning_chatgpt.chat.encoding import Example
 from lightning_chatgpt.chat.faults import Faults, OnFault
+from lightning_chatgpt.chat.text_encoding import TextEncoder
 from lightning_chatgpt.data.base import Fractional, Sources, TokenDataModule
 from lightning_chatgpt.data.cache import key_of
 from lightning_chatgpt.data.sources import Source, SourceReport, read_documents, source_fingerprint
@@ -127,9 +128,10 @@ class TextDataModule(TokenDataModule[str]):
         if end_id is None:
             raise ConfigError("the tokenizer has no end-of-text token to join documents with; give it an eos_token")
         pending = [end_id]  # each document begins after an end, so that its first token is predicted too
+        encoder = TextEncoder(self.tokenizer)
         rest = iter(items)
         while documents := list(islice(rest, _DOCUMENTS_AT_ONCE)):
-            for ids in encode_texts(documents, tokenizer=self.tokenizer):
+            for ids in encoder.encode(documents):
                 pending += [*ids, end_id]
                 cut = 0
                 blocks = []

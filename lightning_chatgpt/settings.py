@@ -47,7 +47,10 @@ def _typed(value: Any, hint: Any) -> Any:
     if isinstance(value, Mapping) and get_origin(hint) is dict:
         return {name: _typed(item, choices[1]) for name, item in value.items()}
     if isinstance(value, str) and {hint, *choices} & {int, float, bool} and str not in choices:
-        return yaml.safe_load(value)
+        try:
+            return yaml.safe_load(value)
+        except yaml.YAMLError:
+            return value  # refused as the text it is
     return value
 
 

@@ -14,7 +14,7 @@ from lightning_chatgpt.errors import DataError
 
 Role = Literal["system", "user", "assistant", "tool"]
 ROLES: tuple[str, ...] = get_args(Role)
-NAME = re.compile(r"[^\s<|\\/>]{1,64}")  # what OpenAI takes as a speaker's name: nothing that could look like a marker
+NAME = re.compile(r"[^\s<|\\/>\ud800-\udfff]{1,64}")  # what OpenAI takes as a speaker's name: nothing that could look like a marker
 
 
 @dataclass(frozen=True, slots=True)

@@ -159,7 +159,10 @@ class Encoder:
                 return self._with_contents(self.template.write(chosen), chosen, window)
 
             turns = drop_unlearnt_end(turns, max_length=self.max_length)
-            windows = self._windows(turns, max_length=self.max_length, truncation=truncation, rewrite=rewrite)
+            try:
+                windows = self._windows(turns, max_length=self.max_length, truncation=truncation, rewrite=rewrite)
+            except DataError as error:
+                raise DataError(f"{chat.id}: {error}") from None
         n_kept = sum(turn.n_supervised() for turns in windows for turn in turns)
         return EncodedChat(
             [_to_example(window) for window in windows],

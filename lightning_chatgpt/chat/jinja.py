@@ -85,7 +85,7 @@ class JinjaTemplate(Template):
                 f"data.template: no control token that is learnt ends a reply (after it comes {after!r}), so the model would never stop; "
                 "end assistant messages with eos_token or a <|token|>, inside {% generation %} where there is one"
             )
-        self.stop_token = stops[-1]
+        self.stop_token = stops[0]
 
     def write(self, messages: Sequence[Message]) -> list[Turn]:
         """Write messages down, one turn each.
@@ -102,6 +102,9 @@ class JinjaTemplate(Template):
         return self._write(messages, is_prompt=True)
 
     def _write(self, messages: Sequence[Message], *, is_prompt: bool) -> tuple[list[Turn], tuple[Segment, ...]]:
+        for i, message in enumerate(messages):
+            if message.name and self._control.search(message.name):
+                raise DataError(f"message {i + 1}: the name {message.name!r} spells a control token; take another name")
         marked = [{**message.to_dict(), "content": f"\ue0f0{i}\ue0f1"} for i, message in enumerate(messages)]
         text, learnt = self._render(marked, is_prompt=is_prompt, wants_spans=self._says_what_is_learnt)
         places = [(int(found[1]), found.span()) for found in _MARK.finditer(text)]
@@ -116,13 +119,15 @@ class JinjaTemplate(Template):
         contents = self._contents_as_rendered(messages, text, spans, is_prompt=is_prompt)
         if not self._says_what_is_learnt:
             learnt = self._learnt_by_difference(messages, marked, text, spans)
-        # Between two contents, the first control token closes the one and all else opens the other.
+        # Between two contents, the first control token, or what is learnt together with the content, closes the one; the rest opens
+        # the other.
         turns: list[Turn] = []
         edges = [0]
-        for i, (_, end) in enumerate(spans):
+        for i, (start, end) in enumerate(spans):
             following = spans[i + 1][0] if i + 1 < len(spans) else len(text)
             closing = self._control.search(text, end, following)
-            edges += [*spans[i], closing.end() if closing else end]
+            learnt_until = max((b for a, b in learnt if a <= start and end <= b <= following), default=end)
+            edges += [start, end, max(learnt_until, closing.end() if closing else end)]
         for i, message in enumerate(messages):
             before = self._segments(text, edges[3 * i], edges[3 * i + 1], learnt)
             after = self._segments(text, edges[3 * i + 2], edges[3 * i + 3], learnt)
@@ -144,7 +149,7 @@ class JinjaTemplate(Template):
                 add_generation_prompt=is_prompt,
                 **self.variables,
             )
-        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+        except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError) as error:
             line = getattr(error, "lineno", None)
             place = f" (line {line})" if line else ""
             raise DataError(f"the template cannot write this conversation{place}: {' '.join(str(error).split())}") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -33,6 +34,22 @@ def find_function(name: str, *, setting: str, group: str | None = None) -> Calla
     if not callable(function) or isinstance(function, type):
         raise ConfigError(f"{setting} {name}: is a {type(function).__name__}, not a function")
     return function  # type: ignore[no-any-return]
+
+
+def check_arguments(function: Callable[..., Any], *arguments: Any, setting: str, **init_args: Any) -> None:
+    """Refuse arguments that a user's function does not take.
+
+    Raises:
+        ConfigError: It does not.
+    """
+    try:
+        signature = inspect.signature(function)
+    except ValueError:
+        return  # written in C, without a signature
+    try:
+        signature.bind(*arguments, **init_args)
+    except TypeError as error:
+        raise ConfigError(f"{setting} does not take these init_args: {error}") from None
 
 
 def plugin_names(group: str) -> list[str]:

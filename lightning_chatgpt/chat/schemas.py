@@ -12,15 +12,16 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lightning_chatgpt.chat.conversation import Conversation
-from lightning_chatgpt.chat.faults import Faults
+from lightning_chatgpt.chat.faults import Faults, SkipRecord
 from lightning_chatgpt.chat.plugins import find_function, plugin_names
-from lightning_chatgpt.chat.validation import check_each, check_order
-from lightning_chatgpt.errors import ConfigError, nearest
+from lightning_chatgpt.chat.validation import KNOWN_KEYS, check_characters, check_each, check_order
+from lightning_chatgpt.errors import ConfigError, DataError, nearest
 
 Schema = Callable[[Any], Any]
 
 ENTRY_POINTS = "lightning_chatgpt.schemas"
 _FIELDS = ("messages", "role", "content", "system", "user", "assistant", "weight", "name", "id")
+_MESSAGE_FIELDS = ("role", "content", "weight", "name")
 _MAX_LABEL_CHARS = 200
 
 
@@ -66,8 +67,10 @@ def preference(record: Any) -> Any:
         return None
     chosen, rejected = _turns(record["chosen"], "assistant"), _turns(record["rejected"], "assistant")
     # Some data sets repeat the prompt in both.
-    n_shared = next((i for i, pair in enumerate(zip(chosen, rejected, strict=False)) if pair[0] != pair[1]), 0)
-    prompt = [] if n_shared or "prompt" not in record else _turns(record["prompt"], "user")
+    repeats_prompt = isinstance(chosen[0], Mapping) and chosen[0].get("role") != "assistant" if chosen else False
+    shared = [a == b for a, b in zip(chosen, rejected, strict=False)] if repeats_prompt else []
+    n_shared = shared.index(False) if False in shared else len(shared)
+    prompt = [] if repeats_prompt or "prompt" not in record else _turns(record["prompt"], "user")
     return {**record, "messages": [*_system(record), *prompt, *chosen], "rejected": rejected[n_shared:]}
 
 
@@ -164,6 +167,9 @@ class RecordParser:
                 raise ConfigError(f"data.fields: {field!r} is unknown; {nearest(field, _FIELDS)}")
         if fields and not ("messages" in fields or {"user", "assistant"} <= fields.keys()):
             raise ConfigError("data.fields must say where messages is, or where user and assistant are")
+        for field in ("role", "content", "name"):
+            if fields and field in fields and "messages" not in fields:
+                raise ConfigError(f"data.fields: {field} is said of each of several messages; say where messages is, or leave it out")
         for name, role in (roles or {}).items():
             if role not in ("system", "user", "assistant", "tool"):
                 raise ConfigError(f"data.roles: {name!r} is mapped to {role!r}; map it to system, user, assistant or tool")
@@ -201,52 +207,59 @@ class RecordParser:
         rejected = about["rejected"] if name == "preference" else []
         return Conversation(
             messages,
-            id=default_id if own_id in (None, "") else str(own_id),
+            id=default_id if own_id in (None, "") else check_characters(str(own_id), "id", self.faults),
             group=self._group(about, own_id),
-            labels=_labels(about),
+            labels={key: check_characters(value, f"label {key!r}", self.faults) for key, value in _labels(about).items()},
             rejected=check_each(rejected, faults=self.faults, roles=self.roles) if rejected else (),
         )
 
     def _apply_schema(self, record: Any) -> tuple[str, Any]:
         if self.fields:
             return self.schema_name, self._from_fields(record)
+        if not isinstance(record, (Mapping, list)):
+            known: dict[str, Schema] = {}
+        elif self.schema is not None:
+            known = {self.schema_name: self.schema}
+        else:
+            known = SCHEMAS if isinstance(record, Mapping) else {"lines": lines}
+        for name, schema in known.items():
+            try:
+                found = schema(record)
+            except (DataError, SkipRecord):
+                raise
+            except (ValueError, TypeError, KeyError, AttributeError) as error:
+                self.faults.refuse("wrong_type", f"the record cannot be read as {name} ({error}); mend it, or set data.on_fault to skip")
+            if found is not None:
+                return name, found
         if self.schema is not None:
-            found = self.schema(record) if isinstance(record, (Mapping, list)) else None
-            if found is None:
-                self.faults.refuse("unknown_schema", f"the record does not follow data.schema {self.schema_name!r} ({_describe(record)})")
-            return self.schema_name, found
-        if isinstance(record, (Mapping, list)):
-            for name, schema in SCHEMAS.items():
-                if (found := schema(record)) is not None:
-                    return name, found
-        self.faults.refuse(
-            "unknown_schema",
-            f'no schema fits the record ({_describe(record)}); write it as {{"messages": [...]}}, or say where things are with data.fields',
-        )
+            self.faults.refuse("unknown_schema", f"the record does not follow data.schema {self.schema_name!r} ({_describe(record)})")
+        remedy = 'write it as {"messages": [...]}, or say where things are with data.fields'
+        self.faults.refuse("unknown_schema", f"no schema fits the record ({_describe(record)}); {remedy}")
 
-    def _from_fields(self, record: Any) -> list[Any]:
+    def _from_fields(self, record: Any) -> Any:
         if not isinstance(record, Mapping):
             self.faults.refuse("unknown_schema", f"data.fields needs records that are objects ({_describe(record)})")
-        missing = [
-            f"{field} {path!r}"
-            for field, path in self.fields.items()
-            if field in ("messages", "user", "assistant") and _look_up(record, path) is None
-        ]
-        if missing:
-            self.faults.refuse("unknown_schema", f"data.fields looks for {missing[0]}, which is not there ({_describe(record)})")
-        if "messages" not in self.fields:
-            said = [_said(role, _look_up(record, self.fields[role])) for role in ("system", "user", "assistant") if role in self.fields]
-            return [message for message in said if message["role"] != "system" or message["content"]]
-        messages = _look_up(record, self.fields["messages"])
-        if not isinstance(messages, list):
-            return messages  # type: ignore[no-any-return]  # told of by the caller
-        keys = [key for key in ("role", "content", "weight", "name") if key in self.fields or key in ("role", "content")]
-        return [
-            {key: value for key in keys if (value := _look_up(message, self.fields.get(key, key))) is not None}
-            if isinstance(message, Mapping)
-            else message
-            for message in messages
-        ]
+        found = {field: _look_up(record, path) for field, path in self.fields.items()}
+        for field in ("messages", "user", "assistant"):
+            if field in found and found[field] is None:
+                self.faults.refuse(
+                    "unknown_schema", f"data.fields looks for {field} {self.fields[field]!r}, which is not there ({_describe(record)})"
+                )
+        system = [_said("system", found["system"])] if found.get("system") else []
+        if "messages" not in found:
+            return [*system, _said("user", found["user"]), {**_said("assistant", found["assistant"]), "weight": found.get("weight")}]
+        if not isinstance(found["messages"], list):
+            return found["messages"]  # told of by the caller
+        return [*system, *map(self._renamed, found["messages"])]
+
+    def _renamed(self, message: Any) -> Any:
+        if not isinstance(message, Mapping):
+            return message
+        paths = {field: self.fields[field] for field in _MESSAGE_FIELDS if field in self.fields}
+        taken = {*paths, *(path.partition(".")[0] for path in paths.values())}
+        # Who says where things are knows of the rest, such as a time stamp: it is no fault.
+        rest = {key: value for key, value in message.items() if key in KNOWN_KEYS - taken}
+        return {**rest, **{field: value for field, path in paths.items() if (value := _look_up(message, path)) is not None}}
 
     def _group(self, record: Mapping[str, Any], own_id: Any) -> str:
         if self.split_by is None:
@@ -285,7 +298,7 @@ def _labels(record: Mapping[str, Any]) -> dict[str, str]:
     return {
         str(key): str(value)
         for key, value in record.items()
-        if key not in COLUMNS and key != "id" and isinstance(value, (str, int, bool)) and len(str(value)) <= _MAX_LABEL_CHARS
+        if key not in COLUMNS and key != "id" and isinstance(value, (str, int, float)) and len(str(value)) <= _MAX_LABEL_CHARS
     }
 
 

@@ -171,5 +171,6 @@ def supervised_roles(supervise: Supervise) -> frozenset[str]:
     roles = ["assistant"] if supervise == "last" else [supervise] if isinstance(supervise, str) else supervise
     for role in roles or [""]:
         if role not in ROLES:
-            raise ConfigError(f"data.supervise {role!r} cannot be used; {nearest(role, ['assistant', 'last', 'all', *ROLES])}")
+            known = ["assistant", "last", "all", *ROLES] if isinstance(supervise, str) else ROLES
+            raise ConfigError(f"data.supervise {role!r} cannot be used; {nearest(role, known)}")
     return frozenset(roles)

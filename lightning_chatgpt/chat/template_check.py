@@ -31,11 +31,14 @@ def check_template(template: Template) -> str | None:
         chats += with_system
     except DataError:
         pass  # a template without system messages is refused only where a conversation has one
-    for chat in chats:
-        _check_prompt(template, chat)
-        _check_begin(template, chat)
-    for chat in chats[1:]:
-        _check_unforgeable(template, chat)
+    try:
+        for chat in chats:
+            _check_prompt(template, chat)
+            _check_begin(template, chat)
+        for chat in chats[1:]:
+            _check_unforgeable(template, chat)
+    except DataError as error:
+        raise ConfigError(f"data.template: {error}") from None
     stripped = _flat(template, [Message("user", " Hello "), STOP_PROBE[1]]) == _flat(template, list(STOP_PROBE))
     return "data.template strips blanks at the ends of messages: ' Hello ' and 'Hello' are one to the model" if stripped else None
 
@@ -95,7 +98,11 @@ def _check_unforgeable(template: JinjaTemplate, chat: Sequence[Message]) -> None
             [*chat[:i], Message(first.role, f"p{between}q"), Message(second.role, "r"), *chat[i + 2 :]],
             [*chat[:i], Message(first.role, "p"), Message(second.role, f"q{between}r"), *chat[i + 2 :]],
         ]
-        if _flat(template, ways[0]) == _flat(template, ways[1]):
+        try:
+            is_forged = _flat(template, ways[0]) == _flat(template, ways[1])
+        except DataError:
+            continue  # refused, where a user tries it too
+        if is_forged:
             raise ConfigError(
                 f"data.template: only text stands between {first.role} and {second.role} ({between!r}): whoever types it forges a message; "
                 "end each message with eos_token or another control token"

@@ -92,10 +92,15 @@ def set_template(tokenizer: PreTrainedTokenizerFast, template: str | None) -> Pr
         raise ConfigError("data.template is tokenizer, but the tokenizer carries no template; set it to chatml or plain")
     if template not in (None, "tokenizer") or not tokenizer.chat_template:
         tokenizer.chat_template = _jinja(template)
-        # special=True: only special tokens are left alone by split_special_tokens, which keeps a user's text harmless.
-        # Said of tokens that are there already too: a control token in the vocabulary is not yet known as one.
         added = _control_tokens(template)
-        tokenizer.add_special_tokens({"extra_special_tokens": added}, replace_extra_special_tokens=False)
+    elif tokenizer.chat_template == CHATML_JINJA:
+        added = _control_tokens("chatml")
+    else:
+        vocabulary = tokenizer.get_vocab()
+        added = [token for token in TOKEN_IN_TEMPLATE.findall(str(tokenizer.chat_template)) if token in vocabulary]
+    # special=True: only special tokens are left alone where text is encoded, which keeps what a user types harmless. Said of tokens that
+    # are there already too: a control token in the vocabulary is not yet known as one.
+    tokenizer.add_special_tokens({"extra_special_tokens": list(dict.fromkeys(added))}, replace_extra_special_tokens=False)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or END_TOKEN
     if tokenizer.chat_template == PLAIN_JINJA and tokenizer.eos_token is None:

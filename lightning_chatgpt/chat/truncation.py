@@ -13,6 +13,8 @@ from lightning_chatgpt.errors import DataError
 
 Truncation = Literal["drop_oldest", "split", "skip", "error"]
 
+_ANSWERING = ("assistant", "tool")
+
 
 @dataclass(frozen=True, slots=True)
 class EncodedTurn:
@@ -84,18 +86,18 @@ def fit(
         turns[:n_system], max_length=max_length - max_length // 4, continuations=continuations
     )  # leaves the exchanges some room
     room = max_length - sum(map(len, system))
-    exchanges = [_shorten(exchange, max_length=room, continuations=continuations) for exchange in _exchanges(turns[n_system:])]
     windows: list[list[EncodedTurn]] = []
     n_free = 0
     # From the latest backwards, so that with either policy the newest exchanges share a full window.
-    for exchange in reversed(exchanges):
+    for exchange in reversed(_exchanges(turns[n_system:])):
         length = sum(map(len, exchange))
         if windows and length <= n_free:
             windows[-1] = exchange + windows[-1]
         elif windows and truncation == "drop_oldest":
             break
         else:
-            windows.append(exchange)
+            windows.append(_shorten(exchange, max_length=room, continuations=continuations))
+            length = sum(map(len, windows[-1]))
             n_free = room
         n_free -= length
     return [system + window for window in reversed(windows)] or [system]
@@ -113,7 +115,8 @@ def _exchanges(turns: list[EncodedTurn]) -> list[list[EncodedTurn]]:
     """Group turns into exchanges: what is said to the assistant, and its answer."""
     exchanges: list[list[EncodedTurn]] = []
     for turn in turns:
-        starts = turn.role != "assistant" and (not exchanges or exchanges[-1][-1].role == "assistant")
+        # A tool's answer belongs to the question that it was called for.
+        starts = turn.role not in _ANSWERING and (not exchanges or exchanges[-1][-1].role in _ANSWERING)
         if starts or not exchanges:
             exchanges.append([])
         exchanges[-1].append(turn)

@@ -34,7 +34,7 @@ ROLE_ALIASES = {
     "observation": "tool",
 }
 # tool_call_id and its like only link an answer to its call, which stands before it anyway.
-_KNOWN_KEYS = {"role", "content", "weight", "name", "tool_calls", "function_call", "tool_call_id", "id", "refusal", "audio"}
+KNOWN_KEYS = {"role", "content", "weight", "name", "tool_calls", "function_call", "tool_call_id", "id", "refusal", "audio"}
 
 
 def check_each(raw: Sequence[Any], *, faults: Faults, roles: Mapping[str, str] | None = None) -> tuple[Message, ...]:
@@ -72,20 +72,42 @@ def check_order(messages: Sequence[Message], *, faults: Faults, needs_reply: boo
     """
     messages = _system_first(list(messages), faults)
     messages = _join_repeated(messages, faults)
-    if all(message.role == "system" for message in messages):
-        faults.refuse("only_system", "there is only a system message; add what the user and the assistant say")
-    first = int(messages[0].role == "system")
-    if messages[first].role == "assistant":
+    first = next((i for i, message in enumerate(messages) if message.role != "system"), len(messages))
+    if first < len(messages) and messages[first].role == "assistant":
         faults.mend(
             "assistant_first", f"message {first + 1}: the assistant speaks first; begin with a user message, or set data.on_fault to fix"
         )
         start = next((i for i in range(first, len(messages)) if messages[i].role != "assistant"), len(messages))
         messages = messages[:first] + messages[start:]
-    if needs_reply and not any(message.role == "assistant" for message in messages):
-        faults.refuse("no_assistant", "the assistant says nothing, so nothing can be learnt; add its reply, or set data.on_fault to skip")
     if not messages:
         faults.refuse("no_messages", "nothing is left but what the assistant said first; add a user message")
+    if all(message.role == "system" for message in messages):
+        faults.refuse("only_system", "there is only a system message; add what the user and the assistant say")
+    if needs_reply and not any(message.role == "assistant" for message in messages):
+        faults.refuse("no_assistant", "the assistant says nothing, so nothing can be learnt; add its reply, or set data.on_fault to skip")
     return tuple(messages)
+
+
+def check_characters(text: str, where: str, faults: Faults) -> str:
+    """Check that a text can be written down: no NUL characters, no halves of UTF-16 pairs.
+
+    Args:
+        text: What is checked.
+        where: What it is, for the message.
+        faults: Decides what is done about a fault.
+
+    Returns: the text, mended where it is to be.
+    """
+    if "\0" in text:
+        faults.mend("nul_bytes", f"{where} holds a NUL character at {text.index(chr(0))}; remove it")
+        text = text.replace("\0", "")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        place = f"({text[error.start]!r} at {error.start})"
+        faults.mend("lone_surrogate", f"{where} holds half a character {place}; write the text as valid UTF-8")
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
 def _check_message(message: Any, number: int, faults: Faults, roles: Mapping[str, str]) -> Message | None:
@@ -95,11 +117,12 @@ def _check_message(message: Any, number: int, faults: Faults, roles: Mapping[str
     missing = [key for key in ("role", "content") if key not in message and not (key == "content" and _calls(message))]
     if missing:
         faults.refuse("wrong_type", f"{where} has no {missing[0]!r}; every message needs role and content")
-    unknown = sorted(str(key) for key in message.keys() - _KNOWN_KEYS if message[key] is not None)
+    unknown = sorted(str(key) for key in message.keys() - KNOWN_KEYS if message[key] is not None)
     if unknown:
         faults.mend("unknown_key", f"{where} has the key {unknown[0]!r}, which would be lost; remove it, or set data.on_fault to fix")
     content = _check_content(message.get("content"), where, faults)
     content = "\n".join(part for part in (content, *map(_write_call, _calls(message))) if part)
+    content = check_characters(content, f"{where}: content", faults)
     if not content.strip():
         faults.mend("empty_content", f"{where} is empty; remove it, or set data.on_fault to fix or skip")
         return None
@@ -126,19 +149,7 @@ def _check_content(content: Any, where: str, faults: Faults) -> str:
         if not isinstance(content, (int, float)):
             faults.refuse("wrong_type", f"{where}: content must be text, not {type(content).__name__}; put a string in it")
         faults.mend("wrong_type", f"{where}: content must be text, not {type(content).__name__} ({content!r}); put it in quotes")
-    text = str(content)
-    if "\0" in text:
-        faults.mend("nul_bytes", f"{where}: content holds a NUL character at {text.index(chr(0))}; remove it")
-        text = text.replace("\0", "")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        faults.mend(
-            "lone_surrogate",
-            f"{where}: content holds half a character ({text[error.start]!r} at {error.start}); write the text as valid UTF-8",
-        )
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
+    return str(content)
 
 
 def _check_role(role: Any, where: str, faults: Faults, roles: Mapping[str, str]) -> str:

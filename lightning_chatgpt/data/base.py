@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
+from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -227,7 +228,8 @@ class TokenDataModule(LightningDataModule, Generic[Item]):
             parts, self.report["duplicates"] = self._drop_duplicates(parts, self.duplicates)
         if stage == "fit" and self.max_leak is not None:
             self.report["leaks"] = self._check_leaks(parts)
-        self.report["parts"] = {part: {"items": sum(len(source.rows) for source in sources)} for part, sources in parts.items()}
+        for part, sources in parts.items():
+            self.report.setdefault("parts", {}).setdefault(part, {})["items"] = sum(len(source.rows) for source in sources)
         return {part: parts[part] for part in wanted if sum(len(source.rows) for source in parts.get(part, []))}
 
     def prepare_all(self, sources: Sources) -> list[tuple[str, ItemTable]]:
@@ -236,11 +238,15 @@ class TokenDataModule(LightningDataModule, Generic[Item]):
         Raises:
             DataError: They hold nothing.
         """
-        found = []
+        found: list[tuple[str, ItemTable]] = []
         for source in sources if isinstance(sources, list) else [sources]:
             table = preparation.prepare(self, source)
             name = SourceSettings.of(source).name
-            self.report.setdefault("sources", {})[name] = {**table.about, "items": len(table)}
+            told = self.report.setdefault("sources", {}).setdefault(name, {**table.about, "items": len(table)})
+            if name in [other for other, _ in found] or told["digest"] != table.about["digest"]:
+                raise ConfigError(
+                    f"data: two sources are called {name!r}; give each a name of its own, or list it once (data.mixture repeats)"
+                )
             preparation.tell_faults(name, table.about)
             found.append((name, table))
         if not sum(len(table) for _, table in found):
@@ -311,6 +317,7 @@ class TokenDataModule(LightningDataModule, Generic[Item]):
             groups=groups,
             places=np.concatenate([source.table.places[source.rows] for source in dataset.sources]),
             seed=self.seed,
+            capacity=self.max_length if self.packing else None,
         )
 
     def _texts_of(self, content: str) -> list[str]:
@@ -364,7 +371,7 @@ class TokenDataModule(LightningDataModule, Generic[Item]):
         settings = [tokenizer, self.max_length, preparation.code_of(self, "encode"), self.encoding_settings(part)]
         tables = []
         for source in sources:
-            key = key_of("tokens", source.table.digests[source.rows].tobytes().hex(), source.table.about["digest"], settings)
+            key = key_of("tokens", source.table.about["digest"], blake2b(source.rows.tobytes()).hexdigest(), settings)
             path = build_once(self.cache / f"{key}.tokens.arrow", partial(self._write_tokens, part, source))
             tables.append(TokenTable(path))
         dataset = ExampleDataset(sources, tables)
@@ -378,7 +385,7 @@ class TokenDataModule(LightningDataModule, Generic[Item]):
             rank_zero_info(
                 f"{part}: {counts['truncated']} shortened to {self.max_length} tokens, {counts['lost']} supervised tokens lost by that"
             )
-        self.report["parts"][part] = {**self.report["parts"][part], **counts}
+        self.report["parts"][part].update(counts)
         return dataset
 
     def _write_tokens(self, part: str, source: SourceRows, path: Path) -> None:

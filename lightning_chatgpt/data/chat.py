@@ -299,7 +299,7 @@ class ChatDataModule(TokenDataModule[Conversation]):
     def _listed_files(self) -> list[str]:
         """What stands in files that cleaning steps name."""
         named = [settings for step in self.cleaning if isinstance(step, dict) for settings in step.values() if isinstance(settings, dict)]
-        return [Path(settings["file"]).read_text(encoding="utf-8") for settings in named if settings.get("file")]
+        return [Path(settings["file"]).expanduser().read_text(encoding="utf-8") for settings in named if settings.get("file")]
 
 
 def _counts(chat: EncodedChat) -> Counter[str]:

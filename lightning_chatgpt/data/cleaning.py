@@ -5,7 +5,6 @@ Which steps, in which order and with which settings is plain data (``data.cleani
 
 from __future__ import annotations
 
-import inspect
 import re
 import unicodedata
 from abc import ABC, abstractmethod
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from lightning_chatgpt.chat.conversation import Conversation, Message
-from lightning_chatgpt.chat.plugins import find_function
+from lightning_chatgpt.chat.plugins import check_arguments, find_function
 from lightning_chatgpt.data.duplicates import CJK, DuplicateSettings
 from lightning_chatgpt.data.normalisation import decode_entities, drop_control, drop_zero_width, tidy_spaces
 from lightning_chatgpt.data.redaction import KINDS, Kind, clean_package, redact
@@ -349,10 +348,7 @@ class Function(CleaningStep):
         self.name = class_path
         self._function = find_function(class_path, setting="data.cleaning")
         self._arguments = dict(init_args or {})
-        try:
-            inspect.signature(self._function).bind(None, **self._arguments)
-        except TypeError as error:
-            raise ConfigError(f"data.cleaning: {class_path} does not take these init_args: {error}") from None
+        check_arguments(self._function, None, setting=f"data.cleaning: {class_path}", **self._arguments)
 
     def clean(self, conversation: Conversation) -> Conversation | None:
         """Call the function.

@@ -50,8 +50,8 @@ class DuplicateSettings:
     n_permutations: int = 128
 
     def __post_init__(self) -> None:
-        if not 0 < self.threshold <= 1:
-            raise ConfigError(f"data.cleaning: duplicates.threshold must be above 0 and at most 1, not {self.threshold}")
+        if not 0 < self.threshold < 1:
+            raise ConfigError(f"data.cleaning: duplicates.threshold must be between 0 and 1, not {self.threshold}; equal ones go anyway")
         if not 16 <= self.n_permutations <= 4096:
             raise ConfigError(f"data.cleaning: duplicates.n_permutations must be from 16 to 4096, not {self.n_permutations}")
         if not self.near and (self.threshold, self.n_permutations) != (0.8, 128):
@@ -80,7 +80,12 @@ class NearDuplicates:
         self.n_permutations = n_permutations
         self._datasketch = clean_package("datasketch")
         # A candidate too many is refused below, one too few is lost: the index is tuned for recall.
-        self._index = self._datasketch.MinHashLSH(threshold=threshold, num_perm=n_permutations, weights=(0.1, 0.9))
+        try:
+            self._index = self._datasketch.MinHashLSH(threshold=threshold, num_perm=n_permutations, weights=(0.1, 0.9))
+        except ValueError:
+            raise ConfigError(
+                f"data.cleaning: duplicates.threshold {threshold} is too high for {n_permutations} permutations; raise n_permutations"
+            ) from None
         self._keys: list[int] = []
         self._signatures: list[Any] = []
 

@@ -48,3 +48,10 @@ class ExampleDataset(Dataset[list[Tokens]]):
         """Token ids and loss weights of one example; shapes (T,)."""
         source = int(np.searchsorted(self._starts, index, side="right")) - 1
         return self.tables[source].example(index - int(self._starts[source]))
+
+    def content_of(self, index: int) -> str:
+        """What an example came from, as it is stored."""
+        source = int(np.searchsorted(self._starts, index, side="right")) - 1
+        row = self.tables[source].rows[index - int(self._starts[source])]
+        content: str = next(self.sources[source].table.column("content", self.sources[source].rows[row : row + 1]))
+        return content

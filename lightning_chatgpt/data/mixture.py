@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from lightning_chatgpt.data.packing import pack, shuffle_equal
 from lightning_chatgpt.errors import ConfigError, nearest
 from lightning_chatgpt.settings import check_settings
 
@@ -31,7 +32,7 @@ class Mixture:
         weights: Shares of groups; those that are not named weigh 1. The epoch is as long as all groups together, each read once.
         epochs: How many times a group is read in an epoch, such as 2 or 0.5, in place of a weight.
         caps: The most conversations of a group that are used at all; which ones depends on themselves alone.
-        unit: Whether weights and passes count conversations or tokens.
+        unit: Whether shares are of conversations or of tokens.
         temperature: Without weights, a group's share is its size to the power of 1 / temperature: 1 leaves sizes as they are,
             more makes them alike. Source: Conneau et al. 2020, section 3.1 (their exponent is 1 / temperature).
     """
@@ -65,22 +66,24 @@ class Mixture:
 
 
 class Draws:
-    """Which examples each epoch reads, in no order yet.
+    """Which rows each epoch reads, in no order yet.
 
-    Each group is an endless row of shuffled passes over its conversations, of which every epoch takes the next piece: a
-    conversation comes again only when all others of its group have come. It is a function of seed and epoch alone.
+    Each group is an endless series of shuffled passes over its rows, of which every epoch takes the next piece: a row comes again
+    only when all others of its group have come. Every epoch has as many rows, and is a function of seed and epoch alone. Groups
+    never share a row.
 
     Args:
         mixture: What the epoch is made of.
         lengths: (N,) tokens of each example.
-        conversations: (N,) which conversation each example came from; its examples stand together.
+        conversations: (N,) which conversation each example came from.
         groups: For each conversation the group it is in.
         places: For each conversation where it stands in [0, 1), which decides whether it is under a cap.
         seed: Chooses the order within groups.
+        capacity: Tokens of a packed row; None for one example in each row.
 
     Attributes:
-        sizes: For each group its name, conversations and tokens, caps applied.
-        targets: For each group how much of it an epoch takes, in the mixture's unit.
+        sizes: For each group its conversations and tokens, caps applied.
+        n_rows: For each group how many of its rows an epoch takes.
 
     Raises:
         ConfigError: The mixture names a group that is not there, or leaves nothing to read.
@@ -95,48 +98,39 @@ class Draws:
         groups: Sequence[str],
         places: npt.NDArray[np.float64],
         seed: int,
+        capacity: int | None = None,
     ) -> None:
         self._seed = seed
-        # First example of each conversation, and one past the last.
-        self._first = np.searchsorted(conversations, np.arange(len(places)))
-        self._end = np.searchsorted(conversations, np.arange(len(places)), side="right")
-        tokens = np.add.reduceat(np.append(lengths, 0), self._first) if len(places) else np.array([], np.int64)
-        tokens[self._first == self._end] = 0
-        members = _members(mixture, groups, tokens, places)
-        sizes = tokens if mixture.unit == "tokens" else np.ones_like(tokens)
-        self._members = {name: chosen for name, chosen in members.items() if len(chosen)}
-        self._sizes = {name: sizes[chosen] for name, chosen in self._members.items()}
-        self.sizes = {name: (len(chosen), int(tokens[chosen].sum())) for name, chosen in self._members.items()}
-        self.targets = _targets(mixture, {name: int(size.sum()) for name, size in self._sizes.items()})
-        if not any(self.targets.values()):
+        tokens = np.bincount(conversations, weights=lengths, minlength=len(places)).astype(np.int64)
+        members = {name: chosen for name, chosen in _members(mixture, groups, tokens, places).items() if len(chosen)}
+        self.sizes = {name: (len(chosen), int(tokens[chosen].sum())) for name, chosen in members.items()}
+        sizes = {name: n_tokens if mixture.unit == "tokens" else n for name, (n, n_tokens) in self.sizes.items()}
+        shares = {name: target / sizes[name] for name, target in _targets(mixture, sizes).items()}
+        self._examples = {name: np.flatnonzero(np.isin(conversations, chosen)) for name, chosen in members.items()}
+        self._lengths = {name: lengths[examples] for name, examples in self._examples.items()}
+        self._rows: dict[str, list[list[int]]] = {
+            name: pack(found, capacity=capacity) if capacity is not None else [[i] for i in range(len(found))]
+            for name, found in self._lengths.items()
+        }
+        self.n_rows = {name: round(share * len(self._rows[name])) for name, share in shares.items()}
+        if not any(self.n_rows.values()):
             raise ConfigError("data.mixture leaves nothing to read; raise a weight or a cap")
 
-    @property
-    def is_whole(self) -> bool:
-        """Whether every epoch reads the same conversations, each group a whole number of times."""
-        return all(self.targets[name] % int(size.sum()) == 0 for name, size in self._sizes.items())
+    def epoch(self, epoch: int) -> list[list[int]]:
+        """The rows that an epoch reads, each with the indices of its examples."""
+        return [row for name, n_rows in self.n_rows.items() for row in self._piece(name, epoch * n_rows, (epoch + 1) * n_rows)]
 
-    def epoch(self, epoch: int) -> Ints:
-        """Indices of the examples that an epoch reads."""
-        found = [self._conversations(name, epoch) for name in self._members]
-        taken = np.concatenate([np.array([], np.int64), *found])
-        counts = (self._end - self._first)[taken]
-        # The examples of each conversation, first to last.
-        starts = np.repeat(self._first[taken] - np.cumsum(np.append(0, counts))[:-1], counts)
-        return np.asarray(starts + np.arange(counts.sum()), dtype=np.int64)
-
-    def _conversations(self, name: str, epoch: int) -> Ints:
-        """A group's piece: conversations that begin in [epoch * target, (epoch + 1) * target) of its endless row."""
-        members, sizes, target = self._members[name], self._sizes[name], self.targets[name]
-        length = int(sizes.sum())
-        first, end = epoch * target, (epoch + 1) * target
-        found: list[Ints] = []
-        for number in range(first // length, -(-end // length) if target else 0):
+    def _piece(self, name: str, first: int, end: int) -> list[list[int]]:
+        """Rows ``first`` to ``end`` of a group's endless series."""
+        rows, examples = self._rows[name], self._examples[name]
+        found: list[list[int]] = []
+        for number in range(first // len(rows), -(-end // len(rows)) if end > first else 0):
             digest = hashlib.blake2b(f"{self._seed}/{name}/{number}".encode(), digest_size=8).digest()
-            order = np.random.default_rng(int.from_bytes(digest, "big")).permutation(len(members))
-            begins = number * length + np.cumsum(np.append(0, sizes[order]))[:-1]
-            found.append(members[order[(begins >= first) & (begins < end)]])
-        return np.concatenate([np.array([], np.int64), *found])
+            generator = np.random.default_rng(int.from_bytes(digest, "big"))
+            shuffled = shuffle_equal(self._lengths[name], rows, generator=generator)
+            start = number * len(rows)
+            found += [examples[row].tolist() for row in shuffled[max(first - start, 0) : end - start]]
+        return found
 
 
 def _members(mixture: Mixture, groups: Sequence[str], tokens: Ints, places: npt.NDArray[np.float64]) -> dict[str, Ints]:

@@ -112,10 +112,10 @@ def _padding(data: ChatDataModule, dataset: ExampleDataset) -> dict[str, float]:
     found = {}
     for name, grouped in (("shuffled", False), ("grouped by length", True)):
         sampler = EpochSampler(dataset.lengths, batch_size=data.batch_size, seed=data.seed, group_by_length=grouped)
-        order = dataset.lengths[[i for (i,) in sampler.epoch_rows(0)]]
+        order = dataset.lengths[[i for (i,) in sampler.epoch_rows(0)]] if len(dataset) else dataset.lengths
         batches = [order[i : i + data.batch_size] for i in range(0, len(order), data.batch_size)]
         places = sum(int(batch.max()) * len(batch) for batch in batches)
-        found[name] = 1 - int(order.sum()) / places
+        found[name] = 1 - int(order.sum()) / places if places else 0.0
     rows = pack(dataset.lengths, capacity=data.max_length)
     return {**found, "packed": padding_share(dataset.lengths, rows, capacity=data.max_length)}
 
@@ -125,25 +125,12 @@ def _examples(data: ChatDataModule, n_examples: int) -> list[dict[str, Any]]:
     dataset = data.datasets["train"]
     special = set(data.tokenizer.all_special_ids)
     shown = []
-    ids_of = [identity for source in dataset.sources for identity in _ids(data, source, n_examples)]
     for index in range(min(n_examples, len(dataset))):
         ids, weights = dataset.example(index)
-        pieces = token_texts(data.tokenizer, ids.tolist())
-        conversation = int(dataset.conversations[index])
-        shown.append(
-            {
-                "id": ids_of[conversation] if conversation < len(ids_of) else str(conversation),
-                "part": "train",
-                "tokens": [
-                    [text, float(weight), token in special] for text, weight, token in zip(pieces, weights, ids.tolist(), strict=True)
-                ],
-            }
-        )
+        texts = token_texts(data.tokenizer, ids.tolist())
+        tokens = [[text, float(weight), token in special] for text, weight, token in zip(texts, weights, ids.tolist(), strict=True)]
+        shown.append({"id": data.load(dataset.content_of(index)).id, "part": "train", "tokens": tokens})
     return shown
-
-
-def _ids(data: ChatDataModule, source: Any, n: int) -> list[str]:
-    return [data.load(content).id for content in source.table.column("content", source.rows[:n])]
 
 
 def _surprises(report: dict[str, Any], data: ChatDataModule, *, max_truncated: float) -> Iterator[str]:

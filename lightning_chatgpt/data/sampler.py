@@ -17,7 +17,6 @@ Row = Sequence[int]
 Ints = npt.NDArray[np.int64]
 
 _BATCHES_SORTED_TOGETHER = 50  # sorting all would put equal lengths side by side in every epoch
-_SPARE_ROWS = 0.02  # of rows, where epochs differ in what they read; shares of ten thousand chats differ by less
 
 
 class _Numbers(Dataset[int]):
@@ -39,8 +38,8 @@ class EpochSampler(DistributedSampler[Any]):
         lengths: (N,) tokens of each example.
         batch_size: Rows a process reads in one batch.
         seed: Chooses the order.
-        draws: Which examples an epoch reads; None for each of them once.
-        capacity: Tokens of a packed row; None for one example in each row.
+        draws: Which rows an epoch reads; None for each example once.
+        capacity: Tokens of a packed row; None for one example in each row. Rows that are drawn are packed already.
         group_by_length: Whether rows of about one length share a batch, which is then padded little.
         rank: Which process this is, from 0.
         world_size: How many processes read.
@@ -61,15 +60,10 @@ class EpochSampler(DistributedSampler[Any]):
         self.lengths = np.asarray(lengths, dtype=np.int64)
         self.batch_size = batch_size
         self.draws = draws
-        self.capacity = capacity
         self.group_by_length = group_by_length
-        self._packed: tuple[bytes, list[list[int]]] | None = None
-        n_rows = len(self._rows(self._drawn(0)))
-        # Lightning asks how many batches an epoch has once: rows of other epochs are made as many.
-        self._spare = capacity is not None and draws is not None and not draws.is_whole
-        super().__init__(
-            _Numbers(n_rows + int(n_rows * _SPARE_ROWS) + 1 if self._spare else n_rows), num_replicas=world_size, rank=rank, seed=seed
-        )
+        self._packed = pack(self.lengths, capacity=capacity) if capacity is not None and draws is None else None
+        n_rows = sum(draws.n_rows.values()) if draws is not None else len(self.lengths if self._packed is None else self._packed)
+        super().__init__(_Numbers(n_rows), num_replicas=world_size, rank=rank, seed=seed)
 
     def __iter__(self) -> Iterator[Row]:
         """The rows of this process, in this epoch's order."""
@@ -80,29 +74,18 @@ class EpochSampler(DistributedSampler[Any]):
 
     def epoch_rows(self, epoch: int) -> list[Row]:
         """All rows of an epoch, over all processes, in order."""
-        drawn = self._drawn(epoch)
-        lengths = self.lengths[drawn]
-        if self.capacity is None:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            order = torch.randperm(len(drawn), generator=generator).numpy()
-            chosen = drawn[self._grouped(order, lengths, generator) if self.group_by_length else order]
-            return [[index] for index in chosen.tolist()]
-        rows = shuffle_equal(lengths, self._rows(drawn), generator=np.random.default_rng((self.seed, epoch)))
-        if self._spare:
-            rows = _make_as_many(rows, len(self.dataset))  # type: ignore[arg-type]
-        return [drawn[row].tolist() for row in rows]
-
-    def _drawn(self, epoch: int) -> Ints:
-        return np.arange(len(self.lengths)) if self.draws is None else self.draws.epoch(epoch)
-
-    def _rows(self, drawn: Ints) -> list[list[int]]:
-        if self.capacity is None:
-            return [[i] for i in range(len(drawn))]
-        lengths = self.lengths[drawn]
-        key = np.sort(lengths).tobytes()
-        if self._packed is None or self._packed[0] != key or self._spare:
-            self._packed = key, pack(lengths, capacity=self.capacity)
-        return self._packed[1]
+        rows: Sequence[Row]
+        if self.draws is not None:
+            rows = self.draws.epoch(epoch)
+        elif self._packed is not None:
+            rows = shuffle_equal(self.lengths, self._packed, generator=np.random.default_rng((self.seed, epoch)))
+        else:
+            rows = [[i] for i in range(len(self.lengths))]
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        order = torch.randperm(len(rows), generator=generator).numpy()
+        if self.group_by_length and len(rows):
+            order = self._grouped(order, np.array([self.lengths[list(row)].sum() for row in rows]), generator)
+        return [rows[i] for i in order.tolist()]
 
     def _grouped(self, order: Ints, lengths: Ints, generator: torch.Generator) -> Ints:
         size = self.batch_size * self.num_replicas
@@ -140,17 +123,3 @@ class ShardSampler(DistributedSampler[Any]):
     def __len__(self) -> int:
         """How many rows this process reads."""
         return len(self.share)
-
-
-def _make_as_many(rows: list[list[int]], n_rows: int) -> list[list[int]]:
-    """Split rows of several examples until there are as many as asked for."""
-    missing = n_rows - len(rows)
-    made: list[list[int]] = []
-    for row in rows:
-        if missing > 0 and len(row) > 1:
-            half = len(row) // 2
-            made += [row[:half], row[half:]]
-            missing -= 1
-        else:
-            made.append(row)
-    return made

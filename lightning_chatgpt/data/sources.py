@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
+from lightning_utilities.core.rank_zero import rank_zero_warn
+
 from lightning_chatgpt.chat.conversation import Conversation
 from lightning_chatgpt.chat.faults import Faults, SkipRecord
-from lightning_chatgpt.chat.plugins import find_function, plugin_names
+from lightning_chatgpt.chat.plugins import check_arguments, find_function, plugin_names
 from lightning_chatgpt.chat.schemas import COLUMNS, SCHEMAS, RecordParser
+from lightning_chatgpt.chat.validation import check_characters
 from lightning_chatgpt.data.corpora import corpus_version, read_corpus
 from lightning_chatgpt.data.readers import SUFFIXES, Record, format_of, read_records, read_text
 from lightning_chatgpt.errors import ConfigError, DataError, nearest
@@ -114,6 +117,9 @@ def read_conversations(
     settings = SourceSettings.of(source)
     report = report if report is not None else SourceReport()
     if settings.source.startswith(CORPUS_PREFIX):
+        given = {"schema": schema, "fields": fields, "roles": roles, "split_by": split_by}
+        for name in (name for name, value in given.items() if value):
+            rank_zero_warn(f"{settings.source} is no file of records: data.{name} is left aside for it")
         for conversation in read_corpus(settings.source.removeprefix(CORPUS_PREFIX)):
             report.n_records += 1
             yield conversation
@@ -157,16 +163,15 @@ def read_documents(source: Source, *, report: SourceReport | None = None) -> Ite
         for conversation in read_conversations(source, report=report):
             yield "\n".join(message.content for message in conversation.messages)
         return
-    for place, value in _records(settings, report=report, columns={"text"}, whole_texts=True):
+    for _, value in _records(settings, report=report, columns={"text"}, whole_texts=True):
         report.n_records += 1
         text = value if isinstance(value, str) else value.get("text") if isinstance(value, Mapping) else None
-        if not isinstance(text, str):
-            try:
+        try:
+            if not isinstance(text, str):
                 report.faults.refuse("unknown_schema", 'expected an object like {"text": "..."} in a file of documents')
-            except SkipRecord:
-                continue
-            except DataError as error:
-                raise DataError(str(error) if str(error).startswith(place) else f"{place}: {error}") from None
+            text = check_characters(text, "the text", report.faults)
+        except SkipRecord:
+            continue
         yield text
 
 
@@ -232,8 +237,9 @@ def _records(
     """Records with the place of each, short enough for an id; the fault's place is kept up to date."""
     plugin, colon, argument = settings.source.partition(":")
     if settings.class_path:
-        found = find_function(settings.class_path, setting="data.class_path")(**settings.init_args)
-        yield from _numbered(found, settings.name, report)
+        function = find_function(settings.class_path, setting="data.class_path")
+        check_arguments(function, setting=f"data.class_path {settings.class_path}", **settings.init_args)
+        yield from _numbered(function(**settings.init_args), settings.name, report)
     elif colon and plugin in plugin_names(ENTRY_POINTS):
         found = find_function(plugin, setting="data", group=ENTRY_POINTS)(argument)
         yield from _numbered(found, settings.name, report)
@@ -246,16 +252,16 @@ def _records(
             report.files.append(str(path))
             report.faults.place = str(path)
             if whole_texts and (format_of(path) in (".txt", None) or path.suffix == ".md"):
-                try:
-                    yield str(path), read_text(path, faults=report.faults)
-                except SkipRecord:
-                    continue
+                if text := read_text(path, faults=report.faults):
+                    yield str(path), text
             else:
                 for record in read_records(path, faults=report.faults, columns=list(columns)):
                     yield path.name + record.place.removeprefix(str(path)), record.value
 
 
 def _numbered(values: Iterable[Any], name: str, report: SourceReport) -> Iterator[Record]:
+    if not isinstance(values, Iterable):
+        raise DataError(f"{name}: gave a {type(values).__name__}; return or yield records or Conversations")
     for number, value in enumerate(values, start=1):
         report.faults.place = f"{name}: record {number}"
         yield Record(f"{name}:{number}", value)

@@ -24,15 +24,6 @@ def encode_prompt(conversation: Conversation, *, tokenizer: PreTrainedTokenizerF
     return Encoder(tokenizer, max_length=max_length).encode_prompt(conversation)
 
 
-def encode(conversations: list[Conversation], *, tokenizer: PreTrainedTokenizerFast, **settings) -> list[list[Example]]:
-    """The examples of each conversation."""
-    return [chat.examples for chat in Encoder(tokenizer, **settings).encode(conversations)]
-
-
-def encode_prompt(conversation: Conversation, *, tokenizer: PreTrainedTokenizerFast, max_length: int) -> list[int]:
-    return Encoder(tokenizer, max_length=max_length).encode_prompt(conversation)
-
-
 def supervised_text(example: tuple, tokenizer: PreTrainedTokenizerFast) -> str:
     return tokenizer.decode([i for i, w in zip(*example, strict=True) if w > 0])
 

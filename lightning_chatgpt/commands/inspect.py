@@ -47,6 +47,10 @@ class InspectTrainer(Trainer):
         """
         if not isinstance(datamodule, ChatDataModule):
             raise ConfigError(f"inspect looks at chats; data is a {type(datamodule).__name__}, not a ChatDataModule")
+        if examples < 0:
+            raise ConfigError(f"examples must be at least 0, not {examples}")
+        if not 0 <= max_truncated <= 1:
+            raise ConfigError(f"max_truncated is a fraction of the conversations: 0 to 1, not {max_truncated}")
         self.strategy._lightning_module = model  # what fit does before it sets the data up
         datamodule.trainer = self
         datamodule.is_strict = False  # what would stop a run is what this is to show
@@ -174,5 +178,5 @@ def _table(title: str, *columns: str) -> Any:
 
     table = Table(title=title, title_justify="left", title_style="bold")
     for column in columns:
-        table.add_column(column)
+        table.add_column(column, overflow="fold")  # an ellipsis would hide what scripts look for
     return table

@@ -112,7 +112,8 @@ class Draws:
             name: pack(found, capacity=capacity) if capacity is not None else [[i] for i in range(len(found))]
             for name, found in self._lengths.items()
         }
-        self.n_rows = {name: round(share * len(self._rows[name])) for name, share in shares.items()}
+        # A group of few rows that has a share at all is never without one.
+        self.n_rows = {name: max(round(share * len(self._rows[name])), int(share > 0)) for name, share in shares.items()}
         if not any(self.n_rows.values()):
             raise ConfigError("data.mixture leaves nothing to read; raise a weight or a cap")
 

@@ -393,7 +393,7 @@ def test_duplicates_are_no_step() -> None:
         (["duplicates", "duplicates"], "name it once and last"),
         ([{"duplicates": {"treshold": 0.7}}], "did you mean threshold"),
         ([{"duplicates": {"threshold": 0.7}}], "add near: true"),
-        ([{"duplicates": {"near": True, "threshold": 1.5}}], "must be above 0 and at most 1, not 1.5"),
+        ([{"duplicates": {"near": True, "threshold": 1.5}}], "must be between 0 and 1, not 1.5"),
     ):
         with pytest.raises(ConfigError, match=message):
             split_duplicates(steps)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -29,7 +29,7 @@ def check_settings(place: str, settings: Mapping[str, Any], target: type) -> dic
     hints = get_type_hints(target.__init__)  # type: ignore[misc]  # only read
     parameters = inspect.signature(target).parameters
     typed = {}
-    for name, value in settings.items():
+    for name, value in _nested(settings, parameters).items():
         if name not in parameters:
             raise ConfigError(f"{place}.{name} is no setting; {nearest(str(name), parameters)}")
         typed[name] = value = _typed(value, hints[name])
@@ -41,11 +41,23 @@ def check_settings(place: str, settings: Mapping[str, Any], target: type) -> dic
     return typed
 
 
+def _nested(settings: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
+    """What ``--data.mixture.weights.mine 2`` gives: its names are joined by dots, and a group's own name may hold some too."""
+    nested: dict[str, Any] = {}
+    for name, value in settings.items():
+        outer, dot, inner = str(name).partition(".")
+        if dot and outer in known:
+            nested[outer] = {**(nested.get(outer) or {}), inner: value}
+        else:
+            nested[name] = value
+    return nested
+
+
 def _typed(value: Any, hint: Any) -> Any:
     """What ``--data.mixture.weights.mine 2`` gives is text where the annotation says number; YAML's own values stay as they are."""
     choices = get_args(hint)
     if isinstance(value, Mapping) and get_origin(hint) is dict:
-        return {name: _typed(item, choices[1]) for name, item in value.items()}
+        return {str(name): _typed(item, choices[1]) for name, item in value.items()}  # YAML takes a year for a number
     if isinstance(value, str) and {hint, *choices} & {int, float, bool} and str not in choices:
         try:
             return yaml.safe_load(value)

@@ -22,6 +22,14 @@ from lightning_chatgpt.data.sources import read_conversations
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A file's tests share what its fixtures made, so they stay together; the pages of the docs take minutes each, and do not."""
+    for item in items:
+        if item.path.name != "test_docs.py":
+            item.add_marker(pytest.mark.xdist_group(item.path.name))
+
+
 ARCHITECTURE = {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 128}
 
 

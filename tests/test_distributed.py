@@ -25,7 +25,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = {
         "trainer": {"default_root_dir": "runs/two", "max_epochs": 2, "log_every_n_steps": 1},
         "model": {"architecture": ARCHITECTURE, "learning_rate": 1e-2},
-        "data": {"train": "train.jsonl", "validation": "five.jsonl", "predict": "five.jsonl", "vocab_size": 300,
+        "data": {"train": "train.jsonl", "validation": "five.jsonl", "predict": "five.jsonl", "max_leak": None, "vocab_size": 300,
                  "batch_size": 2, "max_new_tokens": 8},
         "samples": {"prompts": ["question 1"], "max_new_tokens": 4},
     }  # fmt: skip

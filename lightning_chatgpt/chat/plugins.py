@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import uuid
 from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -50,6 +51,14 @@ def check_arguments(function: Callable[..., Any], *arguments: Any, setting: str,
         signature.bind(*arguments, **init_args)
     except TypeError as error:
         raise ConfigError(f"{setting} does not take these init_args: {error}") from None
+
+
+def source_of(function: Callable[..., Any]) -> str:
+    """The code of the module that a user's function stands in, to tell whether it changed; never the same where there is none."""
+    try:
+        return inspect.getsource(inspect.getmodule(function) or function)
+    except (OSError, TypeError):
+        return uuid.uuid4().hex
 
 
 def plugin_names(group: str) -> list[str]:

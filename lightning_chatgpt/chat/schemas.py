@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from lightning_chatgpt.chat.conversation import Conversation
@@ -23,6 +24,7 @@ ENTRY_POINTS = "lightning_chatgpt.schemas"
 _FIELDS = ("messages", "role", "content", "system", "user", "assistant", "weight", "name", "id")
 _MESSAGE_FIELDS = ("role", "content", "weight", "name")
 _MAX_LABEL_CHARS = 200
+_PAIRS = (("question", "answer"), ("user", "assistant"), ("input", "output"), ("human", "gpt"), ("q", "a"))
 
 
 def _said(role: str, content: Any) -> dict[str, Any]:
@@ -40,6 +42,11 @@ def _context(record: Mapping[str, Any], *names: str) -> str:
 
 def _system(record: Mapping[str, Any]) -> list[Any]:
     return [_said("system", record["system"])] if record.get("system") else []
+
+
+def _history(record: Mapping[str, Any]) -> list[Any]:
+    """Earlier questions, each with its answer."""
+    return [_said(role, text) for pair in record.get("history") or [] for role, text in zip(("user", "assistant"), pair, strict=True)]
 
 
 def openai(record: Any) -> Any:
@@ -78,9 +85,8 @@ def alpaca(record: Any) -> Any:
     """``{"instruction", "input", "output", "history": [[question, answer], …], "system"}``."""
     if "instruction" not in record or "output" not in record:
         return None
-    history = [_said(role, text) for pair in record.get("history") or [] for role, text in zip(("user", "assistant"), pair, strict=True)]
     question = _said("user", _context(record, "instruction", "input"))
-    return [*_system(record), *history, question, _said("assistant", record["output"])]
+    return [*_system(record), *_history(record), question, _said("assistant", record["output"])]
 
 
 def dolly(record: Any) -> Any:
@@ -91,18 +97,20 @@ def dolly(record: Any) -> Any:
 
 
 def prompt_completion(record: Any) -> Any:
-    """``{"prompt", "completion"}`` (or ``response``): texts, or lists of messages."""
+    """``{"prompt", "completion", "context", "history"}`` (or ``response``): texts, or lists of messages."""
     answer = next((key for key in ("completion", "response") if key in record), None)
     if "prompt" not in record or answer is None:
         return None
-    return [*_system(record), *_turns(record["prompt"], "user"), *_turns(record[answer], "assistant")]
+    prompt = record["prompt"] if isinstance(record["prompt"], list) else _context(record, "context", "prompt")
+    return [*_system(record), *_history(record), *_turns(prompt, "user"), *_turns(record[answer], "assistant")]
 
 
 def question_answer(record: Any) -> Any:
-    """``{"question", "answer", "context"}``."""
-    if "question" not in record or "answer" not in record:
+    """``{"question", "answer", "context", "history"}``, also as user and assistant, input and output, human and gpt, or q and a."""
+    found = next((pair for pair in _PAIRS if pair[0] in record and pair[1] in record), None)
+    if found is None:
         return None
-    return [*_system(record), _said("user", _context(record, "context", "question")), _said("assistant", record["answer"])]
+    return [*_system(record), *_history(record), _said("user", _context(record, "context", found[0])), _said("assistant", record[found[1]])]
 
 
 def lines(record: Any) -> Any:
@@ -110,13 +118,15 @@ def lines(record: Any) -> Any:
     said = record if isinstance(record, list) else next((record[key] for key in ("dialog", "dialogue", "lines") if key in record), None)
     if not isinstance(said, list):
         return None
+    if said and all(isinstance(line, Mapping) for line in said):
+        return sharegpt({"conversations": said})  # messages without a key before them
     return [_said(("user", "assistant")[i % 2], text) for i, text in enumerate(said)]
 
 
 SCHEMAS: dict[str, Schema] = {
+    "preference": preference,
     "openai": openai,
     "sharegpt": sharegpt,
-    "preference": preference,
     "alpaca": alpaca,
     "dolly": dolly,
     "prompt_completion": prompt_completion,
@@ -126,7 +136,7 @@ SCHEMAS: dict[str, Schema] = {
 # What tells a table's header from its first row.
 COLUMNS = frozenset(
     "messages conversations conversation instruction input output history context response prompt completion question answer "
-    "chosen rejected system dialog dialogue lines".split()
+    "chosen rejected system dialog dialogue lines user assistant human gpt q a".split()
 )
 
 
@@ -196,7 +206,7 @@ class RecordParser:
         name, found = self._apply_schema(record)
         self.counts[name] += 1
         if isinstance(found, Conversation):
-            return found
+            return self.regrouped(found)
         if isinstance(found, Mapping) and "messages" in found:
             record, found = found, found["messages"]
         if not isinstance(found, list):
@@ -212,6 +222,15 @@ class RecordParser:
             labels={key: check_characters(value, f"label {key!r}", self.faults) for key, value in _labels(about).items()},
             rejected=check_each(rejected, faults=self.faults, roles=self.roles) if rejected else (),
         )
+
+    def regrouped(self, conversation: Conversation) -> Conversation:
+        """A conversation that a user's function made, kept together as ``split_by`` says by its labels.
+
+        Raises:
+            DataError: It has no such label, and that is an error.
+            SkipRecord: It is left out for that.
+        """
+        return conversation if self.split_by is None else replace(conversation, group=self._group(conversation.labels, conversation.id))
 
     def _apply_schema(self, record: Any) -> tuple[str, Any]:
         if self.fields:

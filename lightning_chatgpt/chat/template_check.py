@@ -37,6 +37,7 @@ def check_template(template: Template) -> str | None:
             _check_begin(template, chat)
         for chat in chats[1:]:
             _check_unforgeable(template, chat)
+        _check_roles(template)
     except DataError as error:
         raise ConfigError(f"data.template: {error}") from None
     stripped = _flat(template, [Message("user", " Hello "), STOP_PROBE[1]]) == _flat(template, list(STOP_PROBE))
@@ -107,6 +108,21 @@ def _check_unforgeable(template: JinjaTemplate, chat: Sequence[Message]) -> None
                 f"data.template: only text stands between {first.role} and {second.role} ({between!r}): whoever types it forges a message; "
                 "end each message with eos_token or another control token"
             )
+
+
+def _check_roles(template: JinjaTemplate) -> None:
+    """Who says something must show."""
+    written: dict[str, str] = {}
+    for roles in (("system", "user", "assistant"), ("user", "assistant", "user"), ("system", "assistant", "user")):
+        try:
+            key = repr(_flat(template, [Message(role, f"words {i}") for i, role in enumerate(roles)]))
+        except DataError:
+            continue  # refused, so never mistaken for another
+        if key in written:
+            raise ConfigError(
+                f"data.template: what {written[key]} say and what {', '.join(roles)} say is written the same; write each message's role"
+            )
+        written[key] = ", ".join(roles)
 
 
 def _text(turn: Turn) -> str:

@@ -91,6 +91,11 @@ def print_report(report: dict[str, Any]) -> None:
     console = Console(highlight=False, soft_wrap=False)
     _print_sources(console, report)
     _print_parts(console, report)
+    if report["mixture"]:
+        table = _table("An epoch of training", "group", "conversations", "tokens", "rows", "rows in an epoch")
+        for name, counts in report["mixture"].items():
+            table.add_row(name, *(f"{counts[key]:,}" for key in ("items", "tokens", "rows", "rows_per_epoch")))
+        console.print(table)
     for example in report["examples"]:
         console.print(Text(f"\n{example['id']} as the model reads it; «what it learns»", style="bold"))
         console.print(example_text(example["tokens"]))

@@ -26,13 +26,13 @@ from lightning_chatgpt.data.cache import build_once, cache_folder, key_of
 from lightning_chatgpt.data.collate import collate
 from lightning_chatgpt.data.duplicates import DuplicateSettings
 from lightning_chatgpt.data.examples import ExampleDataset
-from lightning_chatgpt.data.mixture import SOURCE_LABEL, Draws, Mixture
+from lightning_chatgpt.data.mixture import Draws, Mixture
 from lightning_chatgpt.data.packing import pack
 from lightning_chatgpt.data.sampler import EpochSampler, ShardSampler
 from lightning_chatgpt.data.selection import Parts, SourceRows, drop_duplicates, find_leaks, key_of_parts, load_rows, save_rows, split_parts
 from lightning_chatgpt.data.sources import Source, SourceSettings
 from lightning_chatgpt.data.tables import ItemTable, TokenTable
-from lightning_chatgpt.errors import ConfigError, DataError
+from lightning_chatgpt.errors import ConfigError, DataError, nearest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -86,6 +86,8 @@ class TokenDataModule(LightningDataModule, Generic[Item]):
         for name, value in (("batch_size", batch_size), ("max_length", max_length)):
             if value is not None and value < 1:
                 raise ConfigError(f"data.{name} must be at least 1, not {value}")
+        if num_workers < 0:
+            raise ConfigError(f"data.num_workers must be at least 0, not {num_workers}")
         if packing and group_by_length:
             raise ConfigError("data.packing fills every row, so data.group_by_length has nothing to do; leave one out")
         if max_leak is not None and not 0 <= max_leak <= 1:
@@ -216,7 +218,7 @@ class TokenDataModule(LightningDataModule, Generic[Item]):
         for part in wanted if stage != "fit" else ():
             if not settings[part]:
                 raise ConfigError(f"data.{part} is not set; name a source, or a fraction of data.train")
-        needs_train = "train" in wanted or any(fractions.get(part) for part in wanted) or self.duplicates is not None
+        needs_train = "train" in wanted or any(fractions.get(part) for part in wanted)
         if needs_train and self.train is None:
             raise ConfigError("data.train is not set; name a file, a folder, a glob or corpus:chatterbot/english")
         tables = {"train": self.prepare_all(self.train)} if needs_train and self.train is not None else {}
@@ -304,12 +306,19 @@ class TokenDataModule(LightningDataModule, Generic[Item]):
         if self.mixture == Mixture():
             return None
         groups: list[str] = []
+        known: set[str] = set()
         for source in dataset.sources:
-            if self.mixture.label == SOURCE_LABEL:
+            if self.mixture.label is None:
                 groups += [source.name] * len(source.rows)
-            else:
-                labels = source.table.column("labels", source.rows)
-                groups += [json.loads(text).get(self.mixture.label, "") if text else "" for text in labels]
+                continue
+            for text in source.table.column("labels", source.rows):
+                labels = json.loads(text) if text else {}
+                known |= labels.keys()
+                groups.append(labels.get(self.mixture.label, ""))
+        if self.mixture.label is not None and not any(groups):
+            raise ConfigError(
+                f"data.mixture.label {self.mixture.label!r} is said of no record; {nearest(self.mixture.label, sorted(known))}"
+            )
         return Draws(
             self.mixture,
             lengths=dataset.lengths,
@@ -381,6 +390,11 @@ class TokenDataModule(LightningDataModule, Generic[Item]):
         rank_zero_info(
             f"{part}: {counts['items']} read, {len(dataset)} examples, {counts['tokens']} tokens, {counts['supervised']} of them supervised"
         )
+        if counts["unsupervised"]:
+            rank_zero_info(
+                f"{part}: {counts['unsupervised']} of {counts['items']} have no supervised token and are left out; "
+                "inspect shows what is learnt (data.supervise, and the weights of messages)"
+            )
         if counts["truncated"]:
             rank_zero_info(
                 f"{part}: {counts['truncated']} shortened to {self.max_length} tokens, {counts['lost']} supervised tokens lost by that"

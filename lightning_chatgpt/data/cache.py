@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import platform
+import uuid
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -12,6 +15,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 from lightning_utilities.core.rank_zero import rank_zero_info
+
+from lightning_chatgpt.errors import ConfigError
 
 ENVIRONMENT_VARIABLE = "LIGHTNING_CHATGPT_CACHE"
 _PATIENCE_SECONDS = 5.0
@@ -21,6 +26,40 @@ def cache_folder(setting: str | None) -> Path:
     """The folder of built files: the one set, that of the environment, or the user's own."""
     chosen = setting or os.environ.get(ENVIRONMENT_VARIABLE)
     return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "lightning_chatgpt"
+
+
+def make_folder(folder: Path) -> None:
+    """Make the cache's folder, and clear away what processes of this machine that are gone left unfinished there.
+
+    Raises:
+        ConfigError: It cannot be made or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, "Permission denied")
+    except OSError as error:
+        raise ConfigError(
+            f"the cache {folder} cannot be written to ({error.strerror}); set data.cache_dir or {ENVIRONMENT_VARIABLE} to another folder"
+        ) from None
+    for path in folder.glob(f"{platform.node()}-*.unfinished"):
+        if not _is_running(int(path.name.rsplit("-", 2)[1])):
+            path.unlink(missing_ok=True)
+
+
+def unfinished_path(folder: Path) -> Path:
+    """A name for a file of this process that is not finished yet."""
+    return folder / f"{platform.node()}-{os.getpid()}-{uuid.uuid4().hex}.unfinished"
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True  # somebody else's
+    return True
 
 
 def key_of(*parts: Any) -> str:
@@ -53,7 +92,7 @@ def build_once(path: Path, build: Callable[[Path], None]) -> Path:
     """
     if path.exists():
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     lock = FileLock(f"{path}.lock")
     try:
         lock.acquire(timeout=_PATIENCE_SECONDS)

@@ -5,27 +5,32 @@ from __future__ import annotations
 import json
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from torch.utils.data import DataLoader
 
 from lightning_chatgpt.chat.conversation import Conversation
 from lightning_chatgpt.chat.encoding import EncodedChat, Encoder, Example
 from lightning_chatgpt.chat.faults import Faults, OnFault
+from lightning_chatgpt.chat.plugins import find_function, source_of
 from lightning_chatgpt.chat.template import Supervise, supervised_roles
 from lightning_chatgpt.chat.truncation import Truncation
 from lightning_chatgpt.data.augmentation import build_augmentation
 from lightning_chatgpt.data.base import Fractional, Sources, TokenDataModule
 from lightning_chatgpt.data.cache import key_of
 from lightning_chatgpt.data.cleaning import build_cleaning, split_duplicates
-from lightning_chatgpt.data.collate import collate_prompts
+from lightning_chatgpt.data.collate import PromptBatch, collate_prompts
 from lightning_chatgpt.data.duplicates import DuplicateSettings
 from lightning_chatgpt.data.preparation import tell_faults
 from lightning_chatgpt.data.sampler import ShardSampler
 from lightning_chatgpt.data.sources import Source, SourceReport, SourceSettings, read_conversations, source_fingerprint
-from lightning_chatgpt.errors import ConfigError, DataError
+from lightning_chatgpt.errors import ConfigError, DataError, nearest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 class ChatDataModule(TokenDataModule[Conversation]):
@@ -125,6 +130,8 @@ class ChatDataModule(TokenDataModule[Conversation]):
             seed=seed,
         )
         supervised_roles(supervise)
+        if truncation not in get_args(Truncation):
+            raise ConfigError(f"data.truncation {truncation!r} cannot be used; {nearest(str(truncation), get_args(Truncation))}")
         Faults(on_fault)  # refuses what it does not know
         self.predict = predict
         self.schema = schema
@@ -186,8 +193,8 @@ class ChatDataModule(TokenDataModule[Conversation]):
         return Conversation.from_record(json.loads(content))
 
     def labels(self, item: Conversation) -> Mapping[str, str]:
-        """What the record said of the conversation."""
-        return item.labels
+        """What the record said of the conversation, and the group it is kept together with."""
+        return {"group": item.group, **item.labels} if item.group else item.labels
 
     def texts(self, item: Conversation) -> list[str]:
         """Every message's content but the system's, which many chats share."""
@@ -201,7 +208,11 @@ class ChatDataModule(TokenDataModule[Conversation]):
 
     def encoding_settings(self, part: str) -> Mapping[str, Any]:
         """What the ids depend on, beside tokenizer and ``max_length``."""
-        augmentation = [self._augmentation_settings, self.seed] if part == "train" and self.augmentation else None
+        augmentation: list[Any] = []
+        if part == "train" and self.augmentation is not None:
+            paraphrase = self.augmentation.paraphrase
+            own = source_of(find_function(paraphrase, setting="data.augmentation.paraphrase")) if paraphrase else ""
+            augmentation = [self._augmentation_settings, self.seed, own]
         return {"truncation": self.truncation, "supervise": self.supervise, "augmentation": augmentation}
 
     @property
@@ -229,18 +240,12 @@ class ChatDataModule(TokenDataModule[Conversation]):
         if room < 1:
             raise ConfigError(f"data.max_new_tokens {self.max_new_tokens} leaves no room for a prompt in max_length {self.max_length}")
         self._check_shares("data.predict", len(self.prompts))
-        encoder = Encoder(self.tokenizer, max_length=room)
-
-        def collate_numbered(numbers: list[int]) -> Any:
-            chats = [self.prompts[number] for number in numbers]
-            prompts = [encoder.encode_prompt(chat.prompt_and_reference()[0]) for chat in chats]
-            return collate_prompts(list(zip(chats, prompts, strict=True)), max_new_tokens=self.max_new_tokens)
-
         return DataLoader(
-            range(len(self.prompts)),  # type: ignore[arg-type]
+            self.prompts,  # type: ignore[arg-type]
             batch_size=self.batch_size,
             sampler=ShardSampler(range(len(self.prompts)), **self._ranks()),
-            collate_fn=collate_numbered,
+            num_workers=self.num_workers,
+            collate_fn=partial(_collate_chats, tokenizer=self.tokenizer, max_length=room, max_new_tokens=self.max_new_tokens),
         )
 
     # How it is done.
@@ -300,6 +305,12 @@ class ChatDataModule(TokenDataModule[Conversation]):
         """What stands in files that cleaning steps name."""
         named = [settings for step in self.cleaning if isinstance(step, dict) for settings in step.values() if isinstance(settings, dict)]
         return [Path(settings["file"]).expanduser().read_text(encoding="utf-8") for settings in named if settings.get("file")]
+
+
+def _collate_chats(chats: list[Conversation], *, tokenizer: PreTrainedTokenizerFast, max_length: int, max_new_tokens: int) -> PromptBatch:
+    encoder = Encoder(tokenizer, max_length=max_length)
+    prompts = [encoder.encode_prompt(chat.prompt_and_reference()[0]) for chat in chats]
+    return collate_prompts(list(zip(chats, prompts, strict=True)), max_new_tokens=max_new_tokens)
 
 
 def _counts(chat: EncodedChat) -> Counter[str]:

@@ -162,8 +162,9 @@ class Redact(CleaningStep):
             raise ConfigError(f"data.cleaning: redact.country {country!r} is unknown; use two capital letters, such as GB")
 
     def clean(self, conversation: Conversation) -> Conversation:
-        """Redact every message."""
-        return _map_contents(conversation, self._redact)
+        """Redact every message, and what the record says beside them."""
+        labels = {name: self._redact(value) for name, value in conversation.labels.items()}
+        return replace(_map_contents(conversation, self._redact), labels=labels)
 
     def _redact(self, text: str) -> str:
         text, counts = redact(text, kinds=self.kinds, country=self.country)

@@ -20,15 +20,13 @@ from lightning_chatgpt.settings import check_settings
 Ints = npt.NDArray[np.int64]
 Unit = Literal["conversations", "tokens"]
 
-SOURCE_LABEL = "source"
-
 
 @dataclass(frozen=True)
 class Mixture:
     """What an epoch is made of.
 
     Attributes:
-        label: What groups are told apart by: ``source``, or a label of the records such as ``topic``.
+        label: What groups are told apart by: a label of the records such as ``topic`` or ``group``; None for the sources' names.
         weights: Shares of groups; those that are not named weigh 1. The epoch is as long as all groups together, each read once.
         epochs: How many times a group is read in an epoch, such as 2 or 0.5, in place of a weight.
         caps: The most conversations of a group that are used at all; which ones depends on themselves alone.
@@ -37,7 +35,7 @@ class Mixture:
             more makes them alike. Source: Conneau et al. 2020, section 3.1 (their exponent is 1 / temperature).
     """
 
-    label: str = SOURCE_LABEL
+    label: str | None = None
     weights: dict[str, float] = field(default_factory=dict)
     epochs: dict[str, float] = field(default_factory=dict)
     caps: dict[str, int] = field(default_factory=dict)
@@ -84,6 +82,7 @@ class Draws:
     Attributes:
         sizes: For each group its conversations and tokens, caps applied.
         n_rows: For each group how many of its rows an epoch takes.
+        n_all_rows: For each group how many rows it has.
 
     Raises:
         ConfigError: The mixture names a group that is not there, or leaves nothing to read.
@@ -112,6 +111,7 @@ class Draws:
             name: pack(found, capacity=capacity) if capacity is not None else [[i] for i in range(len(found))]
             for name, found in self._lengths.items()
         }
+        self.n_all_rows = {name: len(rows) for name, rows in self._rows.items()}
         # A group of few rows that has a share at all is never without one.
         self.n_rows = {name: max(round(share * len(self._rows[name])), int(share > 0)) for name, share in shares.items()}
         if not any(self.n_rows.values()):
@@ -139,7 +139,9 @@ def _members(mixture: Mixture, groups: Sequence[str], tokens: Ints, places: npt.
     for setting in ("weights", "epochs", "caps"):
         for name in getattr(mixture, setting):
             if name not in names:
-                raise ConfigError(f"data.mixture.{setting}: there is no {mixture.label} {name!r}; {nearest(name, names.tolist()[:20])}")
+                raise ConfigError(
+                    f"data.mixture.{setting}: there is no {mixture.label or 'source'} {name!r}; {nearest(name, names.tolist()[:20])}"
+                )
     members: dict[str, Ints] = {}
     for number, name in enumerate(names.tolist()):
         chosen = np.flatnonzero((which == number) & (tokens > 0))

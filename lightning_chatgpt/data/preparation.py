@@ -15,7 +15,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_only
 from tqdm import tqdm
 
 from lightning_chatgpt.chat.faults import KINDS
-from lightning_chatgpt.data.cache import build_once, key_of, publish
+from lightning_chatgpt.data.cache import build_once, key_of, make_folder, publish, unfinished_path
 from lightning_chatgpt.data.sources import Source, SourceSettings
 from lightning_chatgpt.data.splits import position
 from lightning_chatgpt.data.tables import ItemRow, ItemTable
@@ -38,8 +38,8 @@ def prepare(module: TokenDataModule[Any], source: Source) -> ItemTable:
         key = key_of("items", fingerprint, code_of(module, "read", "split_key", "digest", "dump", "labels", "items"))
         return ItemTable(build_once(module.cache / f"{key}.items.arrow", partial(_write, module, source)))
     # Only reading tells what is in it; what was encoded of the same content is found by its digest all the same.
-    module.cache.mkdir(parents=True, exist_ok=True)
-    unfinished = module.cache / f"{uuid.uuid4().hex}.unfinished"
+    make_folder(module.cache)
+    unfinished = unfinished_path(module.cache)
     try:
         _write(module, source, unfinished)
         table = ItemTable(unfinished)

@@ -16,6 +16,8 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from lightning_utilities.core.rank_zero import rank_zero_info
+
 from lightning_chatgpt.chat.faults import Faults, SkipRecord
 from lightning_chatgpt.data.json_stream import Decoder, JsonFault, JsonStream, ends_early, holds_records
 from lightning_chatgpt.data.text_file import AGAIN, PACKED, TextFile
@@ -303,8 +305,13 @@ def _header(cells: list[str], *, columns: Collection[str], faults: Faults) -> li
     names = [cell.strip() for cell in cells]
     if not {name.casefold() for name in names} & {column.strip().casefold() for column in columns}:
         if len(names) == 2:
+            rank_zero_info(
+                f"{faults.place}: no column names are known, so line 1 is taken as a chat; else say where things are by data.fields"
+            )
             return None
         raise DataError(f"{faults.place}: none of the columns {', '.join(map(repr, names))} is known; name them with data.fields")
+    known = {column.strip().casefold(): column.strip() for column in columns}
+    names = [known.get(name.casefold(), name) for name in names]
     for name in [name for name in names if names.count(name) > 1][:1]:
         _mend_repeated(name, faults=faults)
     return names

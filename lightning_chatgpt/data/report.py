@@ -32,8 +32,9 @@ def describe(data: ChatDataModule, *, n_examples: int, max_truncated: float) -> 
         n_examples: How many examples are shown token by token.
         max_truncated: The fraction of conversations that truncation may shorten before it is called a surprise.
 
-    Returns: what reading, cleaning, splitting and encoding found (``sources``, ``duplicates``, ``leaks``); ``settings``; for each of
-        ``parts`` its counts and distributions; ``examples`` with the text, loss weight and kind of each token; ``surprises``, a line each.
+    Returns: what reading, cleaning, splitting and encoding found (``sources``, ``duplicates``, ``leaks``); ``mixture``, ``settings``; for
+        each of ``parts`` its counts and distributions; ``examples`` with the text, loss weight and kind of each token; ``surprises``, a
+        line each.
     """
     assert data.tokenizer is not None
     report: dict[str, Any] = {
@@ -47,10 +48,22 @@ def describe(data: ChatDataModule, *, n_examples: int, max_truncated: float) -> 
         },
         **data.report,
         "parts": {part: {**data.report["parts"][part], **_describe_part(data, part)} for part in data.datasets},
+        "mixture": _mixture(data),
         "examples": _examples(data, n_examples),
     }
     report["surprises"] = list(_surprises(report, data, max_truncated=max_truncated))
     return report
+
+
+def _mixture(data: ChatDataModule) -> dict[str, dict[str, int]]:
+    """What of each group an epoch of training reads; empty where all is read once."""
+    draws = data.train_sampler(data.datasets["train"]).draws
+    if draws is None:
+        return {}
+    return {
+        name: {"items": n, "tokens": n_tokens, "rows": draws.n_all_rows[name], "rows_per_epoch": draws.n_rows[name]}
+        for name, (n, n_tokens) in draws.sizes.items()
+    }
 
 
 def _describe_part(data: ChatDataModule, part: str) -> dict[str, Any]:

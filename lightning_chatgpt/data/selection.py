@@ -139,9 +139,9 @@ def find_leaks(parts: Parts, *, texts: Callable[[str], Sequence[str]]) -> dict[s
     trained_on = {digest for source in train for digest in source.table.digests[source.rows].tolist()}
     checks: dict[str, tuple[LeakCheck, np.ndarray[Any, Any]]] = {}
     for part in ("validation", "test"):
-        held_out = [content for source in parts.get(part, []) for content in source.table.column("content", source.rows)]
+        held_out = (content for source in parts.get(part, []) for content in source.table.column("content", source.rows))
         digests = [digest for source in parts.get(part, []) for digest in source.table.digests[source.rows].tolist()]
-        if held_out and train:
+        if digests and train:
             exact = np.array([digest in trained_on for digest in digests])
             checks[part] = LeakCheck(texts(content) for content in held_out), exact
     if checks:

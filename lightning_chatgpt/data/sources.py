@@ -62,6 +62,8 @@ class SourceSettings:
         """
         if isinstance(source, str):
             return cls(source=source, name=source)
+        if not isinstance(source, Mapping):
+            raise ConfigError(f"data: {source!r} is no source; name a file, a folder, corpus:NAME or hub:ORG/NAME")
         check_settings("data: source", source, cls)
         if ("source" in source) == ("class_path" in source):
             raise ConfigError(f"data: a source needs one of source and class_path, found {source!r}")
@@ -137,10 +139,10 @@ def read_conversations(
     columns = COLUMNS.union(parser.fields.values(), (split_by or "",))
     for place, value in _records(settings, report=report, columns=columns):
         report.n_records += 1
-        if isinstance(value, Conversation):
-            yield value
-            continue
         try:
+            if isinstance(value, Conversation):
+                yield parser.regrouped(value)
+                continue
             yield parser.parse(value, default_id=place)
         except SkipRecord:
             continue

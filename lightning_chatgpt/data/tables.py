@@ -20,6 +20,7 @@ from lightning_chatgpt.chat.encoding import Example
 Ints = npt.NDArray[np.int64]
 
 _ROWS_AT_ONCE = 1000
+_CHARS_AT_ONCE = 1 << 25  # or tokens: a batch of long documents must stay in memory, and Arrow counts its characters in 31 bits
 _ABOUT = b"lightning_chatgpt"  # where a file says what is in it
 
 _ITEM_SCHEMA = pa.schema(
@@ -97,12 +98,14 @@ class ItemTable:
             about: Asked at the end what the file is to say of itself.
         """
         batch: list[ItemRow] = []
+        n_chars = 0
         with _Writer(path, _ITEM_SCHEMA) as writer:
             for row in rows:
                 batch.append(row)
-                if len(batch) == _ROWS_AT_ONCE:
+                n_chars += row.n_chars
+                if len(batch) == _ROWS_AT_ONCE or n_chars > _CHARS_AT_ONCE:
                     writer.add(_item_batch(batch))
-                    batch = []
+                    batch, n_chars = [], 0
             if batch:
                 writer.add(_item_batch(batch))
             writer.about = about()
@@ -162,7 +165,7 @@ class TokenTable:
             for n_read, (row, found) in enumerate(examples, start=1):
                 for example in found:
                     batch.add(row, example)
-                if n_read % _ROWS_AT_ONCE == 0:
+                if n_read % _ROWS_AT_ONCE == 0 or len(batch.ids) > _CHARS_AT_ONCE:
                     writer.add(batch.to_arrow())
                     batch = _TokenBatch()
             writer.add(batch.to_arrow())

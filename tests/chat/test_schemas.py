@@ -318,7 +318,7 @@ def test_a_users_schema_may_give_a_conversation_or_nothing(tmp_path: Path, monke
         ("alpacca", "data.schema 'alpacca' is unknown; did you mean alpaca?"),
         (
             "xyz",
-            "data.schema 'xyz' is unknown; there are openai, sharegpt, preference, alpaca, dolly, ",
+            "data.schema 'xyz' is unknown; there are preference, openai, sharegpt, alpaca, dolly, ",
         ),
         (
             "no_such_module.read",

@@ -20,7 +20,7 @@ from lightning_chatgpt.chat.jinja import template_of
 from lightning_chatgpt.chat.template import Segment, Supervise, Turn, is_learnt, supervised_roles
 from lightning_chatgpt.chat.text_encoding import TextEncoder
 from lightning_chatgpt.chat.tokenizer import continuation_ids
-from lightning_chatgpt.chat.truncation import EncodedTurn, Truncation, drop_unlearnt_end, fit
+from lightning_chatgpt.chat.truncation import EncodedTurn, Frame, Truncation, drop_unlearnt_end, fit, total_length
 from lightning_chatgpt.errors import DataError
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ class Encoder:
         self.supervise = supervise
         self._continuations = continuation_ids(tokenizer)
         self._texts = TextEncoder(tokenizer)
-        self._frames: dict[tuple[Segment, ...], tuple[list[int], list[float]]] = {}
+        self._frames: dict[tuple[Segment, ...], Frame] = {}
 
     def encode(self, conversations: Iterable[Conversation]) -> Iterator[EncodedChat]:
         """Encode conversations for training.
@@ -119,11 +119,11 @@ class Encoder:
         messages = conversation.messages
         written, opening = self.template.write_prompt(messages)
         turns = self._encode_turns(messages, written, self._encode_texts(turn.content for turn in written))
-        opening_ids = self._frame(opening)[0]
+        opening_ids = self._frame(opening).ids
 
         def rewrite(window: list[EncodedTurn]) -> list[EncodedTurn]:
             chosen = [messages[turn.number] for turn in window]
-            return self._with_contents(self.template.write_prompt(chosen)[0], chosen, window)
+            return self._with_contents(self.template.write_prompt(chosen)[0], window)
 
         (window,) = self._windows(turns, max_length=self.max_length - len(opening_ids), truncation="drop_oldest", rewrite=rewrite)
         return [*chain.from_iterable(turn.ids() for turn in window), *opening_ids]
@@ -141,8 +141,8 @@ class Encoder:
             yield from encoded
 
     def _encode_chat(self, chat: Conversation, turns: list[EncodedTurn], truncation: Truncation) -> EncodedChat:
-        n_tokens = sum(map(len, turns))
-        n_supervised = sum(turn.n_supervised() for turn in turns)
+        n_tokens = total_length(turns)
+        n_supervised = sum(turn.n_supervised for turn in turns)
         if n_tokens <= self.max_length:
             windows = [turns]
         elif truncation == "error":
@@ -156,31 +156,32 @@ class Encoder:
 
             def rewrite(window: list[EncodedTurn]) -> list[EncodedTurn]:
                 chosen = [chat.messages[turn.number] for turn in window]
-                return self._with_contents(self.template.write(chosen), chosen, window)
+                return self._with_contents(self.template.write(chosen), window)
 
             turns = drop_unlearnt_end(turns, max_length=self.max_length)
             try:
                 windows = self._windows(turns, max_length=self.max_length, truncation=truncation, rewrite=rewrite)
             except DataError as error:
                 raise DataError(f"{chat.id}: {error}") from None
-        n_kept = sum(turn.n_supervised() for turns in windows for turn in turns)
+        is_whole = len(windows) == 1 and windows[0] is turns
+        n_kept = n_supervised if is_whole else sum(turn.n_supervised for window in windows for turn in window)
         return EncodedChat(
             [_to_example(window) for window in windows],
             n_tokens=n_tokens,
             n_supervised=n_supervised,
             n_lost=max(0, n_supervised - n_kept),
-            is_cut=any(turn.is_cut for window in windows for turn in window),
+            is_cut=not is_whole and any(turn.is_cut for window in windows for turn in window),
         )
 
     def _windows(self, turns: list[EncodedTurn], *, max_length: int, truncation: Truncation, rewrite: Any) -> list[list[EncodedTurn]]:
         room = max_length
         while True:
             windows = fit(turns, max_length=room, truncation=truncation, continuations=self._continuations)
-            if self.template.is_additive or windows == [turns]:
+            if self.template.is_additive or windows[0] is turns:
                 return windows
             # A template may write what is left differently, such as a default system message in place of the first.
             windows = [rewrite(window) for window in windows]
-            excess = max(sum(map(len, window)) for window in windows) - max_length
+            excess = max(map(total_length, windows)) - max_length
             if excess <= 0:
                 return windows
             room -= excess
@@ -200,22 +201,19 @@ class Encoder:
         frames = self._frames
         encoded = []
         for number, (message, turn, learns) in enumerate(zip(messages, turns, learnt, strict=True)):
-            before, before_weights = frames.get(turn.before) or self._frame(turn.before)
-            after, after_weights = frames.get(turn.after) or self._frame(turn.after)
+            before = frames.get(turn.before) or self._frame(turn.before)
+            after = frames.get(turn.after) or self._frame(turn.after)
             weight = float(message.weight) if learns else 0.0
-            encoded.append(EncodedTurn(turn.role, number, weight, ids_of[turn.content], before, before_weights, after, after_weights))
+            encoded.append(EncodedTurn(turn.role, number, weight, ids_of[turn.content], before, after))
         return encoded
 
-    def _with_contents(self, written: list[Turn], messages: Sequence[Message], window: list[EncodedTurn]) -> list[EncodedTurn]:
+    def _with_contents(self, written: list[Turn], window: list[EncodedTurn]) -> list[EncodedTurn]:
         """New markers around contents that are encoded already and may have been cut."""
-        fresh = []
-        for turn, old in zip(written, window, strict=True):
-            (before, before_weights), (after, after_weights) = self._frame(turn.before), self._frame(turn.after)
-            fresh.append(replace(old, before=before, before_weights=before_weights, after=after, after_weights=after_weights))
-        return fresh
+        pairs = zip(written, window, strict=True)
+        return [replace(old, before=self._frame(turn.before), after=self._frame(turn.after)) for turn, old in pairs]
 
-    def _frame(self, segments: tuple[Segment, ...]) -> tuple[list[int], list[float]]:
-        """Ids of what stands around a content, and for each whether it is learnt with it (1) or not (0)."""
+    def _frame(self, segments: tuple[Segment, ...]) -> Frame:
+        """What stands on one side of a content, encoded."""
         if segments not in self._frames:
             texts = self._encode_texts(segment.text for segment in segments if not segment.is_control)
             ids: list[int] = []
@@ -224,7 +222,7 @@ class Encoder:
                 piece: Any = self.tokenizer.convert_tokens_to_ids([segment.text]) if segment.is_control else texts[segment.text]
                 ids += piece
                 weights += [float(segment.is_learnt)] * len(piece)
-            self._frames[segments] = ids, weights
+            self._frames[segments] = Frame(ids, weights, int(sum(weights)))
         return self._frames[segments]
 
 
@@ -244,8 +242,8 @@ def _to_example(turns: list[EncodedTurn]) -> Example:
     ids: list[int] = []
     weights: list[float] = []
     for turn in turns:
-        ids += turn.before
+        ids += turn.before.ids
         ids += turn.content
-        ids += turn.after
+        ids += turn.after.ids
         weights += turn.weights()
     return Example(ids, weights)

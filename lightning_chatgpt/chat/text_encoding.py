@@ -44,7 +44,7 @@ class TextEncoder:
         words = self._words
         if len(words) > _MOST_WORDS:
             words.clear()
-        new = list({word for found in cut if found is not None for word in found if word not in words})
+        new = list(set(chain.from_iterable(found for found in cut if found is not None)).difference(words))
         words.update(zip(new, self._encode_whole(new), strict=True))
         whole = iter(self._encode_whole([text for text, found in zip(texts, cut, strict=True) if found is None]))
         return [next(whole) if found is None else list(chain.from_iterable(map(words.__getitem__, found))) for found in cut]

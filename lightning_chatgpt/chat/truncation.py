@@ -5,9 +5,10 @@ Lengths are in tokens.
 
 from __future__ import annotations
 
-from collections.abc import Set
-from dataclasses import dataclass, replace
-from typing import Literal
+from collections.abc import Iterable, Set
+from dataclasses import dataclass, field, replace
+from operator import attrgetter
+from typing import Literal, NamedTuple
 
 from lightning_chatgpt.errors import DataError
 
@@ -16,7 +17,21 @@ Truncation = Literal["drop_oldest", "split", "skip", "error"]
 _ANSWERING = ("assistant", "tool")
 
 
-@dataclass(frozen=True, slots=True)
+class Frame(NamedTuple):
+    """What stands on one side of a content, as token ids.
+
+    Attributes:
+        ids: The ids.
+        weights: For each of them 1 where it is learnt with the content, else 0.
+        n_learnt: How many are.
+    """
+
+    ids: list[int]
+    weights: list[float]
+    n_learnt: int
+
+
+@dataclass(slots=True, eq=False)  # frozen would double the time of making it, and there are many
 class EncodedTurn:
     """One message as token ids.
 
@@ -25,42 +40,48 @@ class EncodedTurn:
         number: Which message of the conversation it is, from 0.
         weight: Loss weight of its content and of the markers that are learnt with it; 0 where it is not learnt.
         content: Ids of what is said.
-        before: Ids of what stands before the content.
-        before_weights: For each of them 1 where it is learnt with the content, else 0.
-        after: Ids of what stands after it.
-        after_weights: As ``before_weights``.
+        before: What stands before the content.
+        after: What stands after it.
         is_cut: Whether the content lost its middle.
+        length: Its tokens, in all.
+        n_supervised: How many of them count in the loss.
     """
 
     role: str
     number: int
     weight: float
     content: list[int]
-    before: list[int]
-    before_weights: list[float]
-    after: list[int]
-    after_weights: list[float]
+    before: Frame
+    after: Frame
     is_cut: bool = False
+    length: int = field(init=False)
+    n_supervised: int = field(init=False)
 
-    def __len__(self) -> int:
-        return len(self.before) + len(self.content) + len(self.after)
+    def __post_init__(self) -> None:
+        n_content = len(self.content)
+        self.length = len(self.before.ids) + n_content + len(self.after.ids)
+        self.n_supervised = self.before.n_learnt + n_content + self.after.n_learnt if self.weight else 0
 
     def ids(self) -> list[int]:
         """All of its token ids."""
-        return self.before + self.content + self.after
+        return self.before.ids + self.content + self.after.ids
 
     def weights(self) -> list[float]:
         """The loss weight of each token."""
         if not self.weight:
-            return [0.0] * len(self)
+            return [0.0] * self.length
         content = [self.weight] * len(self.content)
         if self.weight == 1.0:
-            return self.before_weights + content + self.after_weights
-        return [self.weight * w for w in self.before_weights] + content + [self.weight * w for w in self.after_weights]
+            return self.before.weights + content + self.after.weights
+        return [self.weight * w for w in self.before.weights] + content + [self.weight * w for w in self.after.weights]
 
-    def n_supervised(self) -> int:
-        """How many of its tokens count in the loss."""
-        return int(sum(self.before_weights) + len(self.content) + sum(self.after_weights)) if self.weight else 0
+
+_length = attrgetter("length")
+
+
+def total_length(turns: Iterable[EncodedTurn]) -> int:
+    """Tokens of turns together."""
+    return sum(map(_length, turns))
 
 
 def fit(
@@ -79,25 +100,25 @@ def fit(
     Raises:
         DataError: ``max_length`` leaves no room for a message's own markers.
     """
-    if sum(map(len, turns)) <= max_length:
+    if total_length(turns) <= max_length:
         return [turns]
     n_system = next((i for i, turn in enumerate(turns) if turn.role != "system"), len(turns))
     system = _shorten(
         turns[:n_system], max_length=max_length - max_length // 4, continuations=continuations
     )  # leaves the exchanges some room
-    room = max_length - sum(map(len, system))
+    room = max_length - total_length(system)
     windows: list[list[EncodedTurn]] = []
     n_free = 0
     # From the latest backwards, so that with either policy the newest exchanges share a full window.
     for exchange in reversed(_exchanges(turns[n_system:])):
-        length = sum(map(len, exchange))
+        length = total_length(exchange)
         if windows and length <= n_free:
             windows[-1] = exchange + windows[-1]
         elif windows and truncation == "drop_oldest":
             break
         else:
             windows.append(_shorten(exchange, max_length=room, continuations=continuations))
-            length = sum(map(len, windows[-1]))
+            length = total_length(windows[-1])
             n_free = room
         n_free -= length
     return [system + window for window in reversed(windows)] or [system]
@@ -106,7 +127,7 @@ def fit(
 def drop_unlearnt_end(turns: list[EncodedTurn], *, max_length: int) -> list[EncodedTurn]:
     """Leave out turns after the last one that is learnt, until the rest fits: they teach nothing, and would push out what does."""
     end = len(turns)
-    while end > 1 and not turns[end - 1].weight and sum(map(len, turns[:end])) > max_length:
+    while end > 1 and not turns[end - 1].weight and total_length(turns[:end]) > max_length:
         end -= 1
     return turns[:end]
 
@@ -126,7 +147,7 @@ def _exchanges(turns: list[EncodedTurn]) -> list[list[EncodedTurn]]:
 def _shorten(turns: list[EncodedTurn], *, max_length: int, continuations: Set[int]) -> list[EncodedTurn]:
     """Cut the middle out of the longest contents until the turns fit."""
     turns = list(turns)
-    excess = sum(map(len, turns)) - max_length
+    excess = total_length(turns) - max_length
     while excess > 0:
         i = max(range(len(turns)), key=lambda i: len(turns[i].content), default=0)
         longest = turns[i].content if turns else []

@@ -439,9 +439,9 @@ def test_what_stands_before_the_cut_of_a_packed_file_is_kept(tmp_path: Path, nam
         (
             " Question ,b,c\n1,2,3\n\n4,5,6\n",
             ("question ",),
-            [{"Question": "1", "b": "2", "c": "3"}, {"Question": "4", "b": "5", "c": "6"}],
+            [{"question": "1", "b": "2", "c": "3"}, {"question": "4", "b": "5", "c": "6"}],
         ),
-        ("role;b\n1;2,3\n", ("ROLE",), [{"role": "1", "b": "2,3"}]),
+        ("role;b\n1;2,3\n", ("ROLE",), [{"ROLE": "1", "b": "2,3"}]),
         ("role\n1\n", ("role",), [{"role": "1"}]),
     ],
 )

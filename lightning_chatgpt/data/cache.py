@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from lightning_utilities.core.rank_zero import rank_zero_info
+from lightning.fabric.utilities.rank_zero import rank_zero_info
 
 from lightning_chatgpt.errors import ConfigError
 

@@ -16,7 +16,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lightning_utilities.core.rank_zero import rank_zero_info
+from lightning.fabric.utilities.rank_zero import rank_zero_info
 
 from lightning_chatgpt.chat.faults import Faults, SkipRecord
 from lightning_chatgpt.data.json_stream import Decoder, JsonFault, JsonStream, ends_early, holds_records

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
-from lightning_utilities.core.rank_zero import rank_zero_warn
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
 
 from lightning_chatgpt.chat.conversation import Conversation
 from lightning_chatgpt.chat.faults import Faults, SkipRecord

@@ -84,7 +84,8 @@ ACCEPTED = {
     ),
     "only the assistant has an end": (
         framed(
-            "{% if m.role == 'assistant' %}{{ m.content + eos_token }}{% else %}{{ '<|ask|>' + m.role + '\\n' + m.content + '<|tell|>' }}{% endif %}",
+            "{% if m.role == 'assistant' %}{{ m.content + eos_token }}"
+            "{% else %}{{ '<|ask|>' + m.role + '\\n' + m.content + '<|tell|>' }}{% endif %}",
             "",
         ),
         "<|endoftext|>",

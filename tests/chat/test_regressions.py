@@ -261,3 +261,9 @@ def test_a_remedy_is_another_word(role: str) -> None:
     with pytest.raises(ConfigError) as error:
         supervised_roles([role])
     assert f"did you mean {role}?" not in str(error.value)
+
+
+def test_a_template_that_hides_who_speaks_is_refused(tmp_path: Path) -> None:
+    """Guards against conversations that differ in their roles alone being written the same."""
+    with pytest.raises(ConfigError, match="is written the same; write each message's role"):
+        with_template("{% for m in messages %}{{ m.content + '<|stop|>' }}{% endfor %}", tmp_path)

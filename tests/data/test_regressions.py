@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,11 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from lightning_chatgpt import ChatDataModule, TextDataModule
+from lightning_chatgpt import ChatDataModule, Conversation, TextDataModule
 from lightning_chatgpt.data.mixture import Draws, Mixture
 from lightning_chatgpt.data.report import describe
 from lightning_chatgpt.data.sampler import EpochSampler
+from lightning_chatgpt.data.sources import read_conversations
 from lightning_chatgpt.data.splits import position
 from lightning_chatgpt.errors import UserError
 from tests.conftest import chat
@@ -202,3 +204,124 @@ def test_a_number_that_is_broken_yaml_is_refused() -> None:
     """Guards against a traceback: numbers that the command line left as text are read as YAML."""
     with pytest.raises(UserError, match="takes a number"):
         Mixture.of({"weights": {"a": "["}})
+
+
+def own_conversations() -> list[Conversation]:
+    """A user's own source, with labels and no group."""
+    chats = [chat(f"question {i}", f"answer {i}") for i in range(40)]
+    return [Conversation(c.messages, id=str(i), labels={"customer": str(i % 5)}) for i, c in enumerate(chats)]
+
+
+def test_split_by_keeps_conversations_of_a_users_own_function_together(module) -> None:
+    """Guards against split_by being left aside for Conversations, so that one customer's chats stood on both sides."""
+    source = {"class_path": f"{__name__}.own_conversations"}
+    data = module([], train=source, split_by="customer", validation=0.3, max_leak=None)
+    seen = {
+        part: {json.loads(text)["customer"] for of in dataset.sources for text in of.table.column("labels", of.rows)}
+        for part, dataset in data.datasets.items()
+    }
+    assert seen["train"] and seen["validation"] and not seen["train"] & seen["validation"]
+    with pytest.raises(UserError, match="split_by looks for 'shop'"):
+        module([], train=source, split_by="shop")
+
+
+def test_a_mixture_is_told_of_a_label_that_no_record_has_and_takes_groups_by_split_by(module) -> None:
+    """Guards against a mistyped label making one nameless group of everything."""
+    rows = [said(f"q {i}", f"a {i}", topic="ab"[i % 2], customer=str(i % 3)) for i in range(30)]
+    with pytest.raises(UserError, match="data.mixture.label 'topik' is said of no record; did you mean topic?"):
+        module(rows, mixture={"label": "topik", "temperature": 2}).train_dataloader()
+    data = module(rows, split_by="customer", mixture={"label": "group", "epochs": {"customer:0": 2}})
+    assert data.train_sampler(data.datasets["train"]).draws.n_rows == {"customer:0": 20, "customer:1": 10, "customer:2": 10}
+    report = describe(data, n_examples=0, max_truncated=0.1)
+    shown = report["mixture"]["customer:0"]
+    assert (shown["items"], shown["rows"], shown["rows_per_epoch"]) == (10, 10, 20)
+        "items": 10,
+        "tokens": report["mixture"]["customer:0"]["tokens"],
+        "rows": 10,
+        "rows_per_epoch": 20,
+    }
+
+
+def test_settings_below_a_key_may_come_with_dots_and_numbers_as_names() -> None:
+    """Guards against --data.mixture.weights.mine 2 being no setting, and years being numbers that match no label."""
+    assert Mixture.of({"weights.c.jsonl": "3", "weights.mine": 2}).weights == {"c.jsonl": 3, "mine": 2}
+    assert Mixture.of({"caps": {2026: 5}}).caps == {"2026": 5}
+
+
+@pytest.mark.parametrize(
+    ("text", "messages"),
+    [
+        ("user,assistant\nhello,hi\n", [("user", "hello"), ("assistant", "hi")]),
+        ("Question,Answer\nhello,hi\n", [("user", "hello"), ("assistant", "hi")]),
+        ("input,output\nhello,hi\n", [("user", "hello"), ("assistant", "hi")]),
+    ],
+)
+def test_a_header_of_usual_names_is_no_chat(tmp_path: Path, text: str, messages: list[tuple[str, str]]) -> None:
+    """Guards against a table's header being taught as a chat."""
+    (tmp_path / "a.csv").write_text(text)
+    (found,) = read_conversations(str(tmp_path / "a.csv"))
+    assert [(m.role, m.content) for m in found.messages] == messages
+
+
+def test_what_a_record_says_besides_is_not_lost(tmp_path: Path) -> None:
+    """Guards against a prompt's context and history, and rejected beside messages, being dropped without a word."""
+    records = [
+        {"prompt": "Who?", "completion": "Bob", "context": "He is Bob.", "history": [["Hi", "Yo"]]},
+        {"prompt": "p", "messages": [], "chosen": "good", "rejected": "bad"},
+    ]
+    (tmp_path / "a.json").write_text(json.dumps(records))
+    first, second = read_conversations(str(tmp_path / "a.json"))
+    assert [m.content for m in first.messages] == ["Hi", "Yo", "He is Bob.\n\nWho?", "Bob"]
+    assert [m.content for m in second.rejected] == ["bad"]
+
+
+def test_redaction_takes_labels_too(module) -> None:
+    """Guards against an e-mail address that stands beside the messages staying in the cache."""
+    data = module([said("a", "b", contact="joe@example.com")], cleaning=["redact"])
+    (source,) = data.datasets["train"].sources
+    assert [json.loads(text) for text in source.table.column("labels", source.rows)] == [{"contact": "<EMAIL>"}]
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"truncation": "drop-oldest"}, "data.truncation 'drop-oldest' cannot be used; did you mean drop_oldest?"),
+        ({"num_workers": -1}, "data.num_workers must be at least 0, not -1"),
+        ({"train": [1]}, "data: 1 is no source"),
+        ({"cache_dir": "/proc/nowhere"}, "the cache /proc/nowhere cannot be written to"),
+    ],
+)
+def test_settings_are_refused_in_one_line(module, settings: dict[str, Any], says: str) -> None:
+    """Guards against tracebacks, and against a policy that is none being taken for split."""
+    with pytest.raises(UserError) as error:
+        module([said("a", "b")], **settings)
+    assert says in str(error.value)
+
+
+def test_validating_with_duplicates_cleaned_needs_no_training_data(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Guards against data.train being asked for where only held-out chats are scored."""
+    (tmp_path / "a.jsonl").write_text((json.dumps(said("a", "b")) + "\n") * 2)
+    data = ChatDataModule(validation=str(tmp_path / "a.jsonl"), cleaning=["duplicates"], max_length=64, cache_dir=str(tmp_path / "c"))
+    data.tokenizer = tokenizer
+    data.setup("validate")
+    assert len(data.datasets["validation"]) == 1
+
+
+def test_what_a_killed_process_left_is_cleared_away(module, tmp_path: Path) -> None:
+    """Guards against unfinished files of processes that are gone filling the cache."""
+    (tmp_path / "cache").mkdir()
+    gone = tmp_path / "cache" / f"{platform.node()}-999999999-abc.unfinished"
+    gone.write_text("half")
+    module([said("a", "b")])
+    assert not gone.exists()
+
+
+def test_prompts_are_prepared_by_workers_too(module, tmp_path: Path) -> None:
+    """Guards against num_workers being left aside where replies are predicted."""
+    data = module([said(f"q {i}", "a") for i in range(5)], predict=str(tmp_path / "a.jsonl"), num_workers=2, batch_size=2, max_new_tokens=4)
+    data.setup("predict")
+    loader = data.predict_dataloader()
+    assert loader.num_workers == 2
+    alone = module([said(f"q {i}", "a") for i in range(5)], predict=str(tmp_path / "a.jsonl"), batch_size=2, max_new_tokens=4)
+    alone.setup("predict")
+    assert [batch["prompt_ids"] for batch in loader] == [batch["prompt_ids"] for batch in alone.predict_dataloader()]

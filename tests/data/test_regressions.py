@@ -235,11 +235,6 @@ def test_a_mixture_is_told_of_a_label_that_no_record_has_and_takes_groups_by_spl
     report = describe(data, n_examples=0, max_truncated=0.1)
     shown = report["mixture"]["customer:0"]
     assert (shown["items"], shown["rows"], shown["rows_per_epoch"]) == (10, 10, 20)
-        "items": 10,
-        "tokens": report["mixture"]["customer:0"]["tokens"],
-        "rows": 10,
-        "rows_per_epoch": 20,
-    }
 
 
 def test_settings_below_a_key_may_come_with_dots_and_numbers_as_names() -> None:

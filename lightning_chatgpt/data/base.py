@@ -292,14 +292,15 @@ class TokenDataModule(LightningDataModule, Generic[Item]):
 
     def train_sampler(self, dataset: ExampleDataset) -> EpochSampler:
         """What an epoch of training reads, in which order."""
+        ranks = self._ranks()
         return EpochSampler(
             dataset.lengths,
-            batch_size=self.batch_size,
+            step_size=self.batch_size * ranks["world_size"] * (self.trainer.accumulate_grad_batches if self.trainer is not None else 1),
             seed=self.seed,
             draws=self._draws(dataset),
             capacity=self.max_length if self.packing else None,
             group_by_length=self.group_by_length,
-            **self._ranks(),
+            **ranks,
         )
 
     def _draws(self, dataset: ExampleDataset) -> Draws | None:

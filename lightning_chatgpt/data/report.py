@@ -124,7 +124,7 @@ def _padding(data: ChatDataModule, dataset: ExampleDataset) -> dict[str, float]:
     assert data.max_length is not None
     found = {}
     for name, grouped in (("shuffled", False), ("grouped by length", True)):
-        sampler = EpochSampler(dataset.lengths, batch_size=data.batch_size, seed=data.seed, group_by_length=grouped)
+        sampler = EpochSampler(dataset.lengths, step_size=data.batch_size, seed=data.seed, group_by_length=grouped)
         order = dataset.lengths[[i for (i,) in sampler.epoch_rows(0)]] if len(dataset) else dataset.lengths
         batches = [order[i : i + data.batch_size] for i in range(0, len(order), data.batch_size)]
         places = sum(int(batch.max()) * len(batch) for batch in batches)

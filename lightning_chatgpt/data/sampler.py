@@ -16,7 +16,7 @@ from lightning_chatgpt.data.packing import pack, shuffle_equal
 Row = Sequence[int]
 Ints = npt.NDArray[np.int64]
 
-_BATCHES_SORTED_TOGETHER = 50  # sorting all would put equal lengths side by side in every epoch
+_STEPS_SORTED_TOGETHER = 50  # sorting all would put equal lengths side by side in every epoch
 
 
 class _Numbers(Dataset[int]):
@@ -32,15 +32,18 @@ class _Numbers(Dataset[int]):
 class EpochSampler(DistributedSampler[Any]):
     """Shuffles training rows: what an epoch reads, and in which order, is a function of seed and epoch alone.
 
-    Each process gets as many rows. It is a ``DistributedSampler`` because Lightning leaves those alone and tells them the epoch.
+    Each process gets as many rows: where they do not share out evenly, the last ones get rows without tokens, which weigh nothing. So
+    an optimizer step reads the same rows however many processes and micro-batches share it.
+
+    It is a ``DistributedSampler`` because Lightning leaves those alone and tells them the epoch.
 
     Args:
         lengths: (N,) tokens of each example.
-        batch_size: Rows a process reads in one batch.
+        step_size: Rows that all processes together read in one optimizer step.
         seed: Chooses the order.
         draws: Which rows an epoch reads; None for each example once.
         capacity: Tokens of a packed row; None for one example in each row. Rows that are drawn are packed already.
-        group_by_length: Whether rows of about one length share a batch, which is then padded little.
+        group_by_length: Whether rows of about one length share an optimizer step, whose batches are then padded little.
         rank: Which process this is, from 0.
         world_size: How many processes read.
     """
@@ -49,7 +52,7 @@ class EpochSampler(DistributedSampler[Any]):
         self,
         lengths: Sequence[int] | Ints,
         *,
-        batch_size: int,
+        step_size: int,
         seed: int,
         draws: Draws | None = None,
         capacity: int | None = None,
@@ -58,7 +61,7 @@ class EpochSampler(DistributedSampler[Any]):
         world_size: int = 1,
     ) -> None:
         self.lengths = np.asarray(lengths, dtype=np.int64)
-        self.batch_size = batch_size
+        self.step_size = step_size
         self.draws = draws
         self.group_by_length = group_by_length
         self._packed = pack(self.lengths, capacity=capacity) if capacity is not None and draws is None else None
@@ -68,8 +71,7 @@ class EpochSampler(DistributedSampler[Any]):
     def __iter__(self) -> Iterator[Row]:
         """The rows of this process, in this epoch's order."""
         order = self.epoch_rows(self.epoch)
-        # Ranks must make equally many steps: the first few of the order are read twice, as torch does.
-        order = (order * self.num_replicas)[: self.total_size]
+        order += [()] * (self.total_size - len(order))  # torch would read the first ones twice
         yield from order[self.rank : self.total_size : self.num_replicas]
 
     def epoch_rows(self, epoch: int) -> list[Row]:
@@ -88,15 +90,15 @@ class EpochSampler(DistributedSampler[Any]):
         return [rows[i] for i in order.tolist()]
 
     def _grouped(self, order: Ints, lengths: Ints, generator: torch.Generator) -> Ints:
-        size = self.batch_size * self.num_replicas
-        batches: list[Ints] = []
-        for start in range(0, len(order), size * _BATCHES_SORTED_TOGETHER):
-            chunk = order[start : start + size * _BATCHES_SORTED_TOGETHER]
+        size = self.step_size
+        steps: list[Ints] = []
+        for start in range(0, len(order), size * _STEPS_SORTED_TOGETHER):
+            chunk = order[start : start + size * _STEPS_SORTED_TOGETHER]
             chunk = chunk[np.argsort(lengths[chunk], kind="stable")]
-            batches += [chunk[i : i + size] for i in range(0, len(chunk), size)]
-        # A short batch anywhere but at the end would shift all that follow.
-        short = [batch for batch in batches if len(batch) < size]
-        full = [batch for batch in batches if len(batch) == size]
+            steps += [chunk[i : i + size] for i in range(0, len(chunk), size)]
+        # A short step anywhere but at the end would shift all that follow.
+        short = [step for step in steps if len(step) < size]
+        full = [step for step in steps if len(step) == size]
         shuffled = [full[i] for i in torch.randperm(len(full), generator=generator).tolist()]
         return np.concatenate([*shuffled, *short])
 

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning.pytorch import LightningModule
-from lightning_utilities.core.rank_zero import rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 
 from lightning_chatgpt.chat.tokenizer import check_same_template, load_tokenizer, token_byte_lengths, tokenizer_from_state, tokenizer_state
 from lightning_chatgpt.errors import ConfigError, ModelError
 from lightning_chatgpt.generation.generate import generate_replies
 from lightning_chatgpt.metrics.perplexity import BitsPerByte, MeanLoss, Perplexity, TokenAccuracy
 from lightning_chatgpt.models import build
-from lightning_chatgpt.models.loss import token_losses
-from lightning_chatgpt.models.optim import Schedule, build_schedule, decay_groups
+from lightning_chatgpt.models.attention import Attention, set_attention
+from lightning_chatgpt.models.kernels import blocks_of, use_fast_kernels
+from lightning_chatgpt.models.loss import TokenLosses, check_head, token_losses
+from lightning_chatgpt.models.optim import build_optimizer, build_schedule, check_optimization, matrix_names
+from lightning_chatgpt.models.step import StepLoss
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -43,10 +46,19 @@ class CausalLMModule(LightningModule):
             ``builtin:smalltalk``. null starts from scratch.
         architecture: A GPT-2 to start from scratch with, as settings of transformers' ``GPT2Config`` (n_layer, n_head, n_embd,
             n_positions, …). With ``pretrained``, only dropout (resid_pdrop, embd_pdrop, attn_pdrop) may be set.
-        learning_rate: The highest learning rate of AdamW.
+        learning_rate: The highest learning rate.
         weight_decay: How much matrices decay; biases and layer norms do not.
-        warmup_steps: Optimizer steps over which the learning rate grows to its highest.
-        schedule: How the learning rate goes on from there to the end of the run: cosine or linear down to 0, or constant.
+        optimizer: The name of one of ``torch.optim``, or ``class_path`` and ``init_args`` of any.
+        warmup_steps: Optimizer steps over which the learning rate grows to its highest; below 1, their share of the run.
+        schedule: How the learning rate goes on from there to the end of the run: cosine or linear down to 0, constant, or wsd
+            (constant, then down to 0 over the last ``decay_steps``); or ``class_path`` and ``init_args`` of one of torch's kind.
+        decay_steps: Optimizer steps over which wsd falls, or their share of the run; null for a fifth of it.
+        attention: How tokens attend: ``stretches`` (only within each example, which costs least), ``sdpa``, ``eager``,
+            ``flash_attention_2`` (a GPU, and flash-attn), or ``auto``, which takes the fastest there is. Packed examples never see each
+            other with any of them.
+        gradient_checkpointing: Whether activations are computed again in the backward pass in place of being kept: less memory, a third
+            more work.
+        compile: Whether ``torch.compile`` makes kernels of each block, for GPUs; best with data.packing, where all batches have one shape.
 
     Raises:
         ConfigError: A setting is out of range, or there is nothing to start from.
@@ -58,8 +70,13 @@ class CausalLMModule(LightningModule):
         architecture: dict[str, Any] | None = None,
         learning_rate: float = 5e-5,
         weight_decay: float = 0.01,
-        warmup_steps: int = 0,
-        schedule: Schedule = "cosine",
+        optimizer: str | dict[str, Any] = "adamw",
+        warmup_steps: int | float = 0,
+        schedule: str | dict[str, Any] = "cosine",
+        decay_steps: int | float | None = None,
+        attention: Attention = "auto",
+        gradient_checkpointing: bool = False,
+        compile: bool = False,
     ) -> None:
         super().__init__()
         if pretrained is None and architecture is None:
@@ -67,19 +84,33 @@ class CausalLMModule(LightningModule):
                 "there is no model to start from; set model.pretrained (a hub name, a folder or builtin:smalltalk), "
                 "or model.architecture to start from scratch"
             )
-        for name, value in (("learning_rate", learning_rate), ("weight_decay", weight_decay), ("warmup_steps", warmup_steps)):
-            if not (math.isfinite(value) and value >= 0):
-                raise ConfigError(f"model.{name} must be a finite number of at least 0, not {value}")
+        check_optimization(
+            optimizer=optimizer,
+            learning_rate=learning_rate,
+            weight_decay=weight_decay,
+            schedule=schedule,
+            warmup_steps=warmup_steps,
+            decay_steps=decay_steps,
+        )
+        if compile and attention == "stretches":
+            raise ConfigError("model.attention stretches differ in every batch, and model.compile would compile for each; leave one out")
         self.save_hyperparameters()
         self.pretrained = pretrained
         self.architecture = architecture
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
+        self.optimizer = optimizer
         self.warmup_steps = warmup_steps
-        self.schedule: Schedule = schedule
+        self.schedule = schedule
+        self.decay_steps = decay_steps
+        self.attention: Attention = attention
+        self.gradient_checkpointing = gradient_checkpointing
+        self.compiles = compile
+        self.step_loss = StepLoss(self)
         self.tokenizer: PreTrainedTokenizerFast | None = None
         self.network: PreTrainedModel
         self.metrics = nn.ModuleDict()
+        self._matrices: frozenset[str] = frozenset()  # of the network as it is before it is cut among devices
 
     # What a subclass may say in its own way.
 
@@ -91,9 +122,17 @@ class CausalLMModule(LightningModule):
         return build.build_network(folder, tokenizer=tokenizer, architecture=self.architecture)
 
     def build_optimizer(self) -> Optimizer:
-        """Build the optimizer: AdamW, matrices decaying and vectors not."""
-        groups = decay_groups(self, weight_decay=self.weight_decay)
-        return AdamW(groups, lr=self.learning_rate, betas=(0.9, 0.95))
+        """Build the optimizer of what is trained, matrices decaying and vectors not."""
+        # A gradient scaler (16-mixed) leaves unscaling to fused kernels, and then nothing could be clipped.
+        has_scaler = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        return build_optimizer(
+            self,
+            optimizer=self.optimizer,
+            learning_rate=self.learning_rate,
+            weight_decay=self.weight_decay,
+            matrices=self._matrices,
+            fused=not has_scaler,
+        )
 
     def build_metrics(self, tokenizer: PreTrainedTokenizerFast) -> nn.ModuleDict:
         """Build the metrics of one stage, by the name they are logged under."""
@@ -181,8 +220,19 @@ class CausalLMModule(LightningModule):
         self._install(network, tokenizer)
 
     def _install(self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+        check_head(network)
         self.tokenizer = tokenizer
         self.network = network.train()  # from_pretrained leaves it in evaluation mode, with dropout off
+        self._matrices = matrix_names(self)
+        chosen = set_attention(network, "sdpa" if self.compiles and self.attention == "auto" else self.attention)
+        use_fast_kernels(network)
+        if self.gradient_checkpointing:
+            network.gradient_checkpointing_enable({"use_reentrant": False})
+        if self.compiles:
+            for block in blocks_of(network):
+                block.compile()
+        if self._trainer is not None and self._trainer.state.fn == "fit":
+            rank_zero_info(chosen)
         self.metrics = nn.ModuleDict({stage: self.build_metrics(tokenizer) for stage in ("val", "test")})
 
     def _checkpoint_to_come(self) -> dict[str, Any] | None:
@@ -194,13 +244,27 @@ class CausalLMModule(LightningModule):
 
     # Training and evaluation: one step for all.
 
+    def score(self, batch: Batch) -> TokenLosses:
+        """Run the network over a batch and score its supervised tokens."""
+        return token_losses(self.network, batch)
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Score a batch; log ``train_loss``, in nats, and the learning rate it was taken with."""
-        losses = token_losses(self.network, batch)
-        loss = losses.mean()
-        self.log("train_loss", loss, prog_bar=True)
-        self.log("learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])
-        return loss
+        """Score a micro-batch.
+
+        Returns: what is to be back-propagated: its share of the optimizer step's loss, up to a factor that :meth:`optimizer_step` sets
+        right when all shares are known.
+        """
+        return self.step_loss.add(self.score(batch))
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None) -> None:
+        """Make the gradients those of the mean over the whole step's supervised tokens, then clip and step. Called by Lightning."""
+        assert optimizer_closure is not None
+        super().optimizer_step(epoch, batch_idx, optimizer, partial(self.step_loss.closure, optimizer_closure))
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Log ``train_loss``, in nats, and the learning rate of the optimizer step that was just made."""
+        for name, value in self.step_loss.made.items():
+            self.log(name, value, prog_bar=name == "train_loss")
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Score a batch into the validation metrics."""
@@ -211,7 +275,7 @@ class CausalLMModule(LightningModule):
         self._evaluation_step(batch, "test")
 
     def _evaluation_step(self, batch: Batch, stage: Stage) -> None:
-        losses = token_losses(self.network, batch)
+        losses = self.score(batch)
         metrics: Any = self.metrics[stage]
         for name, metric in metrics.items():
             if isinstance(metric, MeanLoss):
@@ -246,13 +310,13 @@ class CausalLMModule(LightningModule):
     def configure_optimizers(self) -> Any:
         """The optimizer, and the schedule stepped after each of its steps. Called by Lightning."""
         optimizer = self.build_optimizer()
-        total_steps = self.trainer.estimated_stepping_batches
-        if self.warmup_steps and self.warmup_steps >= total_steps:
-            rank_zero_warn(
-                f"model.warmup_steps {self.warmup_steps} is not less than the run's {total_steps} optimizer steps: "
-                "the full learning rate is never held; lower it"
-            )
-        schedule = build_schedule(optimizer, schedule=self.schedule, warmup_steps=self.warmup_steps, total_steps=total_steps)
+        schedule = build_schedule(
+            optimizer,
+            schedule=self.schedule,
+            warmup_steps=self.warmup_steps,
+            decay_steps=self.decay_steps,
+            total_steps=self.trainer.estimated_stepping_batches,
+        )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def export(self, folder: str | Path, *, checkpoint: str | Path | None = None, facts: Mapping[str, object] | None = None) -> Path:

@@ -84,7 +84,7 @@ def test_chats_that_teach_nothing_can_be_described(module) -> None:
 
 def test_nothing_can_be_grouped_by_length() -> None:
     """Guards against this: an empty training part cannot be grouped by length: np.concatenate of nothing."""
-    assert EpochSampler([], batch_size=4, seed=0, group_by_length=True).epoch_rows(0) == []
+    assert EpochSampler([], step_size=4, seed=0, group_by_length=True).epoch_rows(0) == []
 
 
 def test_examples_are_shown_under_their_own_ids(module, tmp_path: Path) -> None:

@@ -1,0 +1,100 @@
+"""One loss for one optimizer step: Σ weight · nll / Σ weight over all its micro-batches and all processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule
+
+    from lightning_chatgpt.models.loss import TokenLosses
+
+# Back-propagated losses are divided by this, so that sums over tokens stay in float16's range. A power of two rounds nothing.
+SCALE = 4096.0
+
+
+class StepLoss:
+    """Makes the gradients of an optimizer step those of one mean over all its supervised tokens.
+
+    A mean of each micro-batch's mean is another number wherever they differ in tokens. So sums are back-propagated, and when the
+    last micro-batch is done, the gradients are divided by the step's weight. It is found by one all-reduce, and happens before
+    gradients are unscaled, looked at by callbacks or clipped.
+
+    Args:
+        module: Whose gradients these are.
+
+    Attributes:
+        made: What the last optimizer step is to log: ``train_loss``, in nats, over all processes, and ``learning_rate``. Empty where
+            the last micro-batch made no step.
+    """
+
+    def __init__(self, module: LightningModule) -> None:
+        self._module = (module,)  # in a tuple: the module must not become a submodule of itself
+        self._sums: Tensor | None = None  # of this process: Σ weight · nll, Σ weight
+        self._has_targets = False
+        self.made: dict[str, Any] = {}
+
+    def add(self, losses: TokenLosses) -> Tensor:
+        """Add a micro-batch.
+
+        Returns: what to back-propagate; shape ().
+        """
+        self.made = {}
+        sums = torch.stack([losses.total.detach(), losses.weights.to(losses.total.dtype).sum()])
+        trainer = self._module[0].trainer
+        if trainer.strategy.handles_gradient_accumulation:
+            return self._of_micro_batch(losses.total, sums)
+        self._has_targets |= not losses.is_empty
+        self._sums = sums if self._sums is None else self._sums + sums
+        return losses.total / SCALE
+
+    def closure(self, optimizer_closure: Callable[[], Any]) -> Any:
+        """Run the step's last micro-batch, and set the gradients right.
+
+        Args:
+            optimizer_closure: Lightning's: runs training_step and backward.
+
+        Returns: what that returns; None where nothing in the whole step was supervised, and no parameter is to change.
+        """
+        result = optimizer_closure()
+        if self._sums is None:
+            return result  # a subclass's own training_step says what its loss is
+        module = self._module[0]
+        trainer = module.trainer
+        sums, has_targets = self._sums, self._has_targets
+        self._sums, self._has_targets = None, False
+        if trainer.world_size > 1:
+            sums = trainer.strategy.reduce(sums, reduce_op="sum")
+        total, weight = sums.unbind()
+        self._note(total, weight)
+        # Asked of the device only where this process has no target: each comes to the same answer.
+        if not has_targets and not weight:
+            for parameter in module.parameters():
+                parameter.grad = None  # zeros would still decay weights and follow momentum
+            return None
+        # Lightning has divided by the micro-batches, and the strategy by the processes.
+        factor = SCALE * trainer.accumulate_grad_batches * trainer.world_size / weight
+        gradients = [p.grad for p in module.parameters() if p.grad is not None]
+        torch._foreach_mul_([g.to_local() if hasattr(g, "to_local") else g for g in gradients], factor)
+        return result
+
+    def _of_micro_batch(self, total: Tensor, sums: Tensor) -> Tensor:
+        """DeepSpeed's engine accumulates and clips by itself: all processes' tokens weigh the same, micro-batches weigh the same."""
+        trainer = self._module[0].trainer
+        if trainer.accumulate_grad_batches > 1:
+            rank_zero_warn(
+                "DeepSpeed accumulates gradients by itself: each micro-batch of a step weighs the same, however many tokens it "
+                "supervises; set trainer.accumulate_grad_batches to 1 and a larger data.batch_size for a loss that is exact"
+            )
+        all_totals, weight = trainer.strategy.reduce(sums, reduce_op="sum").unbind()
+        self._note(all_totals, weight)
+        return total * trainer.world_size / weight.clamp(min=torch.finfo(weight.dtype).tiny)
+
+    def _note(self, total: Tensor, weight: Tensor) -> None:
+        learning_rate = self._module[0].trainer.optimizers[0].param_groups[0]["lr"]
+        self.made = {"train_loss": total / weight, "learning_rate": learning_rate}

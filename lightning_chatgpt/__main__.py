@@ -18,6 +18,7 @@ _TRAINER_VERBS = {
 _COMMANDS = {
     "chat": "talk to a model in the terminal",
     "export": "write a model as a plain transformers folder",
+    "tokenizer": "train a tokenizer and compare it with GPT-2's",
 }
 
 _HELP = """usage: lightning-chatgpt VERB [options]

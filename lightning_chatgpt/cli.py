@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -26,8 +27,10 @@ from lightning_chatgpt.commands.inspect import InspectTrainer
 from lightning_chatgpt.configuration import check_keys, one_line, resolve_arguments
 from lightning_chatgpt.data.chat import ChatDataModule
 from lightning_chatgpt.errors import ConfigError, UserError
+from lightning_chatgpt.memory import keep_freed_memory
 from lightning_chatgpt.models.build import read_checkpoint
 from lightning_chatgpt.models.causal_lm import CausalLMModule
+from lightning_chatgpt.precision import ChatTrainer
 
 _RUN_FILES = (
     "config.yaml",
@@ -98,7 +101,7 @@ class ChatCLI(LightningCLI):
             subclass_mode_model=True,
             subclass_mode_data=True,
             save_config_callback=RunFolder if self.arguments[:1] == ["fit"] else None,
-            trainer_class=InspectTrainer if self.arguments[:1] == ["inspect"] else Trainer,
+            trainer_class=InspectTrainer if self.arguments[:1] == ["inspect"] else ChatTrainer,
             trainer_defaults={"default_root_dir": "runs/default", "use_distributed_sampler": False},
             seed_everything_default=0,
             parser_class=ChatArgumentParser,
@@ -203,6 +206,8 @@ def run_trainer_verb(arguments: Sequence[str]) -> None:
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     _quieten()
+    if os.environ.get("LIGHTNING_CHATGPT_KEEP_MEMORY", "1") != "0":
+        keep_freed_memory()
     try:
         ChatCLI(arguments)
     except MisconfigurationException as error:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: a test that needs the network is a bug
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Two tests at a time share two cores: threads that wait for each other take ten times as long.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["LIGHTNING_CHATGPT_CACHE"] = tempfile.mkdtemp(prefix="lightning_chatgpt-tests-")
 
 import pytest

@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "lightning_chatgpt"
 FLOORS = {
     "errors": 0,
     "hub": 1,
+    "memory": 1,
     "settings": 1,
     "chat": 1,
     "generation": 2,
@@ -24,10 +25,11 @@ FLOORS = {
     "data": 3,
     "commands": 4,
     "configuration": 4,
+    "precision": 4,
     "cli": 5,
     "__main__": 6,
 }
-DOORS = {("models/loss.py", "data.collate"), ("models/causal_lm.py", "data.collate")}
+DOORS = {("models/loss.py", "data.collate"), ("models/attention.py", "data.collate"), ("models/causal_lm.py", "data.collate")}
 
 
 def imports(path: Path) -> list[str]:

@@ -169,10 +169,15 @@ def test_chat_takes_lines_from_a_pipe(finished: Path) -> None:
     [
         (["fti"], "'fti' is no verb; did you mean fit?"),
         (["fit", "-c", "nope.yaml"], "nope.yaml: no such config file"),
-        (["fit", "-c", "lightning_chatgpt:nope"], "no such shipped config; there are base, chitchat"),
+        (["fit", "-c", "lightning_chatgpt:nope"], "no such shipped config; there are averaging, base, chitchat"),
         (["fit", "-c", "mine.yaml", "--model.learning_rat", "1"], "model.learning_rat is no setting; did you mean model.learning_rate?"),
         (["fit", "-c", "mine.yaml", "--model.learning_rate", "fast"], "learning_rate: 'fast' cannot be used; it takes float"),
-        (["fit", "-c", "mine.yaml", "--model.schedule", "cos"], "it takes 'cosine' or 'linear' or 'constant'"),
+        (["fit", "-c", "fresh.yaml", "--model.schedule", "cosin"], "model.schedule cosin is unknown; did you mean cosine"),
+        (["fit", "-c", "fresh.yaml", "--model.optimizer", "adamww"], "model.optimizer adamww is none of torch.optim; did you mean adamw"),
+        (["fit", "-c", "fresh.yaml", "--model.warmup_steps", "1.5"], "model.warmup_steps takes a whole number of optimizer steps"),
+        (["fit", "-c", "fresh.yaml", "--trainer.precision", "bf"], "trainer.precision bf is unknown"),
+        (["fit", "-c", "fresh.yaml", "--model.lora.rank", "1"], "model.lora adapts weights that are there; set model.pretrained"),
+        (["fit", "-c", "fresh.yaml", "--model.pretrained", "start", "--model.lora.rank", "0"], "model.lora.rank must be at least 1, not 0"),
         (["fit", "-c", "mine.yaml", "--trainer.max_epochs", "many"], "trainer.max_epochs: 'many' cannot be used; it takes int or null"),
         (["fit", "-c", "typo.yaml"], "typo.yaml:3: data.batchsize is no setting; did you mean data.batch_size?"),
         (["fit", "-c", "group.yaml"], "group.yaml:1: modell is no setting; did you mean model?"),
@@ -313,11 +318,11 @@ def test_overlays_change_where_and_nothing_else(name: str, tmp_path: Path, monke
 
 
 def test_help_of_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
-    for verb in ("fit", "validate", "test", "predict", "chat", "export"):
+    for verb in ("fit", "validate", "test", "predict", "chat", "export", "tokenizer"):
         with pytest.raises(SystemExit) as left:
             main([verb, "--help"])
         assert left.value.code == 0
         assert "--" in capsys.readouterr().out
     main(["--help"])
     overview = capsys.readouterr().out
-    assert all(f"  {verb} " in overview for verb in ("fit", "validate", "test", "predict", "chat", "export"))
+    assert all(f"  {verb} " in overview for verb in ("fit", "validate", "test", "predict", "chat", "export", "tokenizer"))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import codecs
 import json
+import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from lightning_chatgpt.chat.jinja import TOKEN_IN_TEMPLATE, read_template, template_of
@@ -20,23 +22,34 @@ if TYPE_CHECKING:
 
 END_OF_TEXT = "<|endoftext|>"
 
+_PIECE_CHARS = 1 << 14
+# Of GPT-2's words, only those that are all white space have white space after their first character.
+_BETWEEN_WORDS = re.compile(r"(?<=\S)[ \n]")
 
-def train_tokenizer(texts: Iterable[str], *, vocab_size: int, template: str | None = None) -> PreTrainedTokenizerFast:
+
+def train_tokenizer(
+    texts: Iterable[str], *, vocab_size: int, template: str | None = None, special_tokens: Sequence[str] = ()
+) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer, as GPT-2's, on texts.
 
     Args:
-        texts: What to learn the merges from.
+        texts: What to learn the merges from; read once, one after the other.
         vocab_size: Entries at the most, control tokens and the 256 bytes included; small texts give fewer.
         template: The chat template it is to carry, as :func:`set_template` takes it.
+        special_tokens: Control tokens beside the template's: one id each, never found in what a user types.
 
     Returns: a tokenizer that writes any text without unknown tokens, with the template's control tokens.
 
     Raises:
         ModelError: ``vocab_size`` leaves no room for the 256 bytes and the control tokens.
+        ConfigError: A special token or the template cannot be used.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     control_tokens = list(dict.fromkeys([END_OF_TEXT, *_control_tokens(template)]))
+    for token in special_tokens:
+        _check_special_token(token, control_tokens)
+        control_tokens.append(token)
     smallest = 256 + len(control_tokens)
     if vocab_size < smallest:
         raise ModelError(f"vocab_size {vocab_size} is too small; a byte-level tokenizer needs at least {smallest}")
@@ -49,9 +62,45 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, template: str | No
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator(texts, trainer=trainer)
+    backend.train_from_iterator(chain.from_iterable(map(cut_text, texts)), trainer=trainer)
     named = {"eos_token": END_OF_TEXT, "bos_token": END_OF_TEXT, "pad_token": END_OF_TEXT}
-    return set_template(_wrap(backend.to_str(), named), template)
+    tokenizer = set_template(_wrap(backend.to_str(), named), template)
+    tokenizer.add_special_tokens({"extra_special_tokens": list(special_tokens)}, replace_extra_special_tokens=False)
+    return tokenizer
+
+
+def cut_text(text: str, *, size: int = _PIECE_CHARS) -> Iterator[str]:
+    """Cut a long text into pieces that make the same words as GPT-2 cuts it into; a book at once would take gigabytes.
+
+    Args:
+        text: Any text.
+        size: Characters after which a piece ends between the next two words, or after as many again where there is no white space.
+
+    Returns: the pieces, which joined are the text.
+    """
+    start = 0
+    while len(text) - start > 2 * size:
+        found = _BETWEEN_WORDS.search(text, start + size, start + 2 * size)
+        end = found.start() if found else start + 2 * size
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
+def _check_special_token(token: str, known: Sequence[str]) -> None:
+    from tokenizers import pre_tokenizers
+
+    if not token or token != token.strip():
+        what = "begins or ends with white space" if token else "is empty"
+        raise ConfigError(f"special_tokens: {token!r} {what}; write it as <|name|>")
+    if token in known:
+        raise ConfigError(f"special_tokens: {token!r} is there twice, or comes with the template; remove it")
+    # Merging the bytes of a word may spell any word, and this one's id would then be a control token's. A character that stands for no
+    # byte is never spelt so.
+    spelt_by_bytes = set(token) <= set(pre_tokenizers.ByteLevel.alphabet())
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str(token)
+    if spelt_by_bytes and (len(words) == 1 or not token.isascii()):
+        raise ConfigError(f"special_tokens: {token!r} could be a word that a user types; write it as <|{token.strip('<|>') or 'name'}|>")
 
 
 def load_tokenizer(folder: str | Path, *, template: str | None = None) -> PreTrainedTokenizerFast:

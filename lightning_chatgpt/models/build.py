@@ -11,6 +11,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from lightning_chatgpt.chat.tokenizer import load_tokenizer, stop_token_ids, tokenizer_from_state
 from lightning_chatgpt.errors import ConfigError, ModelError
 from lightning_chatgpt.hub import hub_problem
+from lightning_chatgpt.models.adapters import (
+    LoraSettings,
+    add_adapter,
+    load_adapter_state,
+    merge_adapter,
+    quantization_config,
+    weights_digest,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -139,9 +147,47 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 def _load_checkpoint(path: Path) -> LoadedModel:
     checkpoint = read_checkpoint(path)
     tokenizer = tokenizer_from_state(checkpoint[CHECKPOINT_KEY]["tokenizer"])
-    network = network_from_config(json.loads(checkpoint[CHECKPOINT_KEY]["architecture"]), tokenizer=tokenizer)
-    network.load_state_dict(network_state(checkpoint))
-    return LoadedModel(network.eval(), tokenizer)
+    saved = checkpoint[CHECKPOINT_KEY]
+    network = network_from_checkpoint(saved, tokenizer=tokenizer)
+    if holds_adapter_only(saved):
+        load_adapter_state(network, network_state(checkpoint))
+    else:
+        network.load_state_dict(network_state(checkpoint))
+    return LoadedModel(merge_adapter(network) if "adapter" in saved else network.eval(), tokenizer)
+
+
+def holds_adapter_only(saved: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint leaves the frozen weights to the base that it names."""
+    return "adapter" in saved and not saved["adapter"]["settings"].get("save_base")
+
+
+def network_from_checkpoint(saved: Mapping[str, Any], *, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    """The network that a checkpoint's weights fit; an adapter's base has its own already.
+
+    Args:
+        saved: What the checkpoint holds under CHECKPOINT_KEY.
+        tokenizer: The checkpoint's.
+
+    Raises:
+        ModelError: The base that the checkpoint names is not there, or has other weights.
+    """
+    architecture = json.loads(saved["architecture"])
+    adapter = saved.get("adapter")
+    if adapter is None:
+        return network_from_config(architecture, tokenizer=tokenizer)
+    settings = LoraSettings.of(adapter["settings"])
+    if settings.save_base:
+        network = network_from_config(architecture, tokenizer=tokenizer)
+    else:
+        folder = find_pretrained(adapter["base"])
+        if weights_digest(folder) != adapter["digest"]:
+            raise ModelError(
+                f"{adapter['base']}: has other weights than those that the checkpoint's adapter was trained on; "
+                "put them back, or train with model.lora.save_base true"
+            )
+        dropout = {key: value for key, value in architecture.items() if key in _FREE_TO_CHANGE}
+        network = build_network(folder, tokenizer=tokenizer, architecture=dropout, quantized=settings.quantize is not None)
+    return add_adapter(network, settings, new_token_ids=adapter["new_token_ids"])
 
 
 def network_state(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
@@ -201,13 +247,20 @@ def scratch_config(architecture: Mapping[str, Any], *, vocab_size: int | None = 
     return config
 
 
-def build_network(folder: Path, *, tokenizer: PreTrainedTokenizerFast, architecture: Mapping[str, Any] | None = None) -> PreTrainedModel:
+def build_network(
+    folder: Path,
+    *,
+    tokenizer: PreTrainedTokenizerFast,
+    architecture: Mapping[str, Any] | None = None,
+    quantized: bool = False,
+) -> PreTrainedModel:
     """Load weights from a transformers folder and make room for the tokenizer's new tokens.
 
     Args:
         folder: Holds config.json and weights.
         tokenizer: What the network will be fed.
         architecture: What the user asked for; dropout may differ from the weights', nothing else.
+        quantized: Whether its linear layers are held in 4 bits.
 
     Raises:
         ConfigError: ``architecture`` contradicts the weights.
@@ -226,8 +279,11 @@ def build_network(folder: Path, *, tokenizer: PreTrainedTokenizerFast, architect
                 f"model.architecture says {key}: {value}, but the weights of model.pretrained have {there}; "
                 "remove it, or set model.pretrained to null to start from scratch"
             )
+    settings: Any = {"quantization_config": quantization_config()} if quantized else {}
     try:
-        network: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, config=config, local_files_only=True, dtype=torch.float32)
+        network: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, local_files_only=True, dtype=torch.float32, **settings
+        )
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"{folder}: the weights cannot be loaded ({str(error).strip().splitlines()[0]})") from None
     _fit_to_tokenizer(network, tokenizer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,6 +19,16 @@ from lightning_chatgpt.errors import ConfigError, ModelError
 from lightning_chatgpt.generation.generate import generate_replies
 from lightning_chatgpt.metrics.perplexity import BitsPerByte, MeanLoss, Perplexity, TokenAccuracy
 from lightning_chatgpt.models import build
+from lightning_chatgpt.models.adapters import (
+    LoraSettings,
+    adapter_state,
+    add_adapter,
+    find_new_tokens,
+    has_adapter,
+    load_adapter_state,
+    merge_adapter,
+    weights_digest,
+)
 from lightning_chatgpt.models.attention import Attention, set_attention
 from lightning_chatgpt.models.kernels import blocks_of, use_fast_kernels
 from lightning_chatgpt.models.loss import TokenLosses, check_head, token_losses
@@ -58,6 +69,8 @@ class CausalLMModule(LightningModule):
             other with any of them.
         gradient_checkpointing: Whether activations are computed again in the backward pass in place of being kept: less memory, a third
             more work.
+        lora: Trains an adapter beside the frozen weights of ``pretrained`` (extra ``lora``): rank, alpha, dropout, targets, variant (lora,
+            dora or rslora), quantize (4bit), save_base; {} takes the defaults.
         compile: Whether ``torch.compile`` makes kernels of each block, for GPUs; best with data.packing, where all batches have one shape.
 
     Raises:
@@ -77,6 +90,7 @@ class CausalLMModule(LightningModule):
         attention: Attention = "auto",
         gradient_checkpointing: bool = False,
         compile: bool = False,
+        lora: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         if pretrained is None and architecture is None:
@@ -92,11 +106,15 @@ class CausalLMModule(LightningModule):
             warmup_steps=warmup_steps,
             decay_steps=decay_steps,
         )
+        if lora is not None and pretrained is None:
+            raise ConfigError("model.lora adapts weights that are there; set model.pretrained, or leave model.lora out")
         if compile and attention == "stretches":
             raise ConfigError("model.attention stretches differ in every batch, and model.compile would compile for each; leave one out")
         self.save_hyperparameters()
         self.pretrained = pretrained
         self.architecture = architecture
+        self.lora = LoraSettings.of(lora) if lora is not None else None
+        self._adapter: dict[str, Any] = {}  # what a checkpoint tells of the adapter
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.optimizer = optimizer
@@ -119,7 +137,13 @@ class CausalLMModule(LightningModule):
         if self.pretrained is None:
             return build.network_from_scratch(self.architecture or {}, tokenizer=tokenizer)
         folder = build.find_pretrained(self.pretrained)
-        return build.build_network(folder, tokenizer=tokenizer, architecture=self.architecture)
+        quantized = self.lora is not None and self.lora.quantize is not None
+        network = build.build_network(folder, tokenizer=tokenizer, architecture=self.architecture, quantized=quantized)
+        if self.lora is not None:
+            new = find_new_tokens(folder, tokenizer=tokenizer)
+            self._adapter = {"base": self.pretrained, "digest": weights_digest(folder), "new_token_ids": new, "settings": asdict(self.lora)}
+            add_adapter(network, self.lora, new_token_ids=new)
+        return network
 
     def build_optimizer(self) -> Optimizer:
         """Build the optimizer of what is trained, matrices decaying and vectors not."""
@@ -197,7 +221,12 @@ class CausalLMModule(LightningModule):
         checkpoint[build.CHECKPOINT_KEY] = {
             "architecture": json.dumps(json.loads(self.network.config.to_json_string(use_diff=False))),
             "tokenizer": tokenizer_state(self.tokenizer),
+            **({"adapter": self._adapter} if self._adapter else {}),
         }
+        if build.holds_adapter_only(checkpoint[build.CHECKPOINT_KEY]):
+            kept = {f"{build.NETWORK_PREFIX}{name}" for name in adapter_state(self.network)}
+            state = checkpoint["state_dict"]
+            checkpoint["state_dict"] = {k: v for k, v in state.items() if k in kept or not k.startswith(build.NETWORK_PREFIX)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Build the network that the checkpoint's weights fit.
@@ -213,11 +242,17 @@ class CausalLMModule(LightningModule):
                 "the checkpoint's tokenizer is not the data's; load the model by load_from_checkpoint first, "
                 "or set trainer.ckpt_path before fit, validate or predict"
             )
+        if self._adapter.get("digest") != saved.get("adapter", {}).get("digest"):
+            raise ModelError("the checkpoint's adapter was trained on other weights; set model.pretrained and model.lora as it was trained")
+        if build.holds_adapter_only(saved):
+            load_adapter_state(self.network, build.network_state(checkpoint))
+            # The base's weights are there already; what Lightning loads strictly is to be whole.
+            checkpoint["state_dict"] = {**self.state_dict(), **checkpoint["state_dict"]}
 
     def _build_from_checkpoint(self, saved: dict[str, Any]) -> None:
         tokenizer = tokenizer_from_state(saved["tokenizer"])
-        network = build.network_from_config(json.loads(saved["architecture"]), tokenizer=tokenizer)
-        self._install(network, tokenizer)
+        self._adapter = saved.get("adapter", {})
+        self._install(build.network_from_checkpoint(saved, tokenizer=tokenizer), tokenizer)
 
     def _install(self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
         check_head(network)
@@ -334,5 +369,7 @@ class CausalLMModule(LightningModule):
 
         assert self.tokenizer is not None
         network = build.load_model(checkpoint).network if checkpoint is not None else self.network
+        if has_adapter(network):
+            network = merge_adapter(network)
         told = {"Started from": self.pretrained or "scratch", **(facts or {})}
         return export_folder(network, self.tokenizer, folder, facts=told)

@@ -68,7 +68,7 @@ def token_losses(network: PreTrainedModel, batch: Batch) -> TokenLosses:
     ).last_hidden_state  # (B, T, D)
     hidden = hidden.flatten(0, 1)[targets.positions]  # (N, D)
     head: Any = network.get_output_embeddings()
-    total, nll, is_correct = _HeadLoss.apply(hidden, head.weight, head.bias, targets.token_ids, targets.weights)  # type: ignore[no-untyped-call]
+    total, nll, is_correct = _HeadLoss.apply(hidden, head.weight, getattr(head, "bias", None), targets.token_ids, targets.weights)  # type: ignore[no-untyped-call]
     return TokenLosses(total, nll, targets.weights, targets.token_ids, is_correct)
 
 
@@ -83,9 +83,10 @@ def check_head(network: PreTrainedModel) -> None:
     was_training = network.training
     network.eval()
     with torch.no_grad():
-        ids = torch.zeros((1, 1), dtype=torch.long, device=network.device)
-        expected = network(input_ids=ids, use_cache=False).logits
-        found = head(body(input_ids=ids, use_cache=False).last_hidden_state)
+        ids = torch.linspace(0, head.weight.size(0) - 1, 8, device=network.device).long()[:, None]  # one token in each of eight rows
+        settings: Any = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+        expected = network(**settings).logits
+        found = head(body(**settings).last_hidden_state)
     network.train(was_training)
     if not torch.allclose(found.float(), expected.float(), rtol=1e-3, atol=1e-4):
         raise ModelError(
@@ -118,7 +119,7 @@ class _HeadLoss(torch.autograd.Function):
             by_hidden = torch.empty_like(rows) if wants_gradient else None
             by_weight = torch.zeros_like(weight, dtype=exact) if wants_gradient and ctx.needs_input_grad[1] else None
             by_bias = torch.zeros_like(bias, dtype=exact) if wants_gradient and bias is not None else None
-            n_rows = max(1, LOGITS_MIB * 2**20 // (weight.size(0) * exact.itemsize))
+            n_rows = max(1, int(LOGITS_MIB * 2**20 / (weight.size(0) * exact.itemsize)))
             for start in range(0, len(rows), n_rows):
                 here = slice(start, start + n_rows)
                 ids, own = token_ids[here, None], weights[here, None]  # (n, 1)

@@ -7,14 +7,27 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from lightning_chatgpt import CausalLMModule, ChatDataModule
 from lightning_chatgpt.chat.encoding import Encoder, Example
 from lightning_chatgpt.data.collate import collate
-from lightning_chatgpt.models.loss import token_losses
+from lightning_chatgpt.errors import ModelError
+from lightning_chatgpt.models import loss
+from lightning_chatgpt.models.loss import check_head, token_losses
 from tests.conftest import ARCHITECTURE, trainer
 
 
@@ -64,6 +77,57 @@ def test_nothing_supervised_gives_zero_not_nan() -> None:
     loss.backward()
     assert loss.item() == 0.0
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_chunks_have_the_gradients_of_the_whole(with_bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss, "LOGITS_MIB", 8 * 300 * 7 / 2**20)  # seven rows of logits at a time
+    torch.manual_seed(0)
+    hidden, weight, bias = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((50, 16), (300, 16), (300,)))
+    token_ids, weights = torch.randint(0, 300, (50,)), torch.rand(50, dtype=torch.float64)
+    total, nll, is_correct = loss._HeadLoss.apply(hidden, weight, bias if with_bias else None, token_ids, weights)
+    (3 * total).backward()
+    leaves = [hidden, weight, *([bias] if with_bias else [])]
+    ours = [leaf.grad.clone() for leaf in leaves]
+    logits = torch.nn.functional.linear(hidden, weight, bias if with_bias else None)
+    expected = torch.nn.functional.cross_entropy(logits, token_ids, reduction="none")
+    theirs = torch.autograd.grad(3 * (expected * weights).sum(), leaves)
+    torch.testing.assert_close(nll, expected.detach(), rtol=1e-12, atol=1e-12)
+    assert torch.equal(is_correct, logits.argmax(-1) == token_ids)
+    for our, their in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(our, their, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_logits_take_no_more_than_their_share(training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measured: every tensor that an operator makes is looked at."""
+    monkeypatch.setattr(loss, "LOGITS_MIB", 1)
+    sizes: list[int] = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            found = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor) and t.ndim == 2 and t.size(1) == 600]
+            sizes.extend(t.numel() * t.element_size() for t in found)
+            return result
+
+    model = network()
+    rows = [[(np.arange(1, 121, dtype=np.int32), np.ones(120, dtype=np.float32))]] * 64
+    with Sizes(), torch.set_grad_enabled(training):
+        losses = token_losses(model, collate(rows, pad_token_id=0))
+        if training:
+            losses.total.backward()
+    assert len(losses.nll) * 600 * 4 > 16 * 2**20  # whole, they would take this much
+    assert 0.9 * 2**20 < max(sizes) <= 2**20
+
+
+def test_a_network_with_other_logits_is_refused() -> None:
+    """Guards against a loss that is silently another than the network's: some cap or scale their logits after the head."""
+    check_head(network())
+    settings = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2,
+                "head_dim": 16, "vocab_size": 100, "final_logit_softcapping": 0.5, "initializer_range": 0.5}  # fmt: skip
+    with pytest.raises(ModelError, match="Gemma2ForCausalLM: its logits are not its hidden states times its head"):
+        check_head(Gemma2ForCausalLM(Gemma2Config(**settings)))
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8])

@@ -1,0 +1,25 @@
+"""Memory that a training step frees is kept for the next one."""
+
+from __future__ import annotations
+
+import ctypes
+
+# Parameters of glibc's mallopt, from its malloc.h, and what they are set to: never map a block by itself, never give the heap's end back.
+_SETTINGS = {-4: 0, -1: -1}  # M_MMAP_MAX, M_TRIM_THRESHOLD
+
+
+def keep_freed_memory() -> bool:
+    """Let the C library keep large blocks that are freed, in place of handing each back to the system.
+
+    Otherwise most tensors are mapped anew in each step, and the system clears and hands out each of their pages again. Peak memory stays
+    about what it was; between peaks it is not given back. Blocks that are mapped already stay so: call it before the network is built.
+
+    Returns: whether it could be done; False where the C library is not glibc.
+    """
+    try:
+        libc = ctypes.CDLL(None)
+    except (OSError, TypeError):  # Windows
+        return False
+    if not hasattr(libc, "gnu_get_libc_version"):  # macOS, musl
+        return False
+    return all([libc.mallopt(parameter, value) == 1 for parameter, value in _SETTINGS.items()])

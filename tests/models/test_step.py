@@ -1,0 +1,118 @@
+"""An optimizer step: nothing is learnt from nothing, half precision does not overflow, and a subclass may have a loss of its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Callback, seed_everything
+from torch.utils.data import DataLoader
+
+from lightning_chatgpt import CausalLMModule
+from lightning_chatgpt.data.collate import Batch, collate
+from lightning_chatgpt.models.loss import token_losses
+from lightning_chatgpt.models.step import SCALE
+from tests.conftest import trainer
+
+NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+
+pytestmark = pytest.mark.filterwarnings("ignore:You defined a .validation_step.")
+
+
+def batch(n_supervised: int, *, seed: int = 0) -> Batch:
+    """Two rows of 40 tokens, some of them supervised."""
+    generator = np.random.default_rng(seed)
+    rows = []
+    for _ in range(2):
+        weights = np.zeros(40, dtype=np.float32)
+        weights[1 : 1 + n_supervised] = 1
+        rows.append([(generator.integers(0, 500, 40, dtype=np.int32), weights)])
+    return collate(rows, pad_token_id=0)
+
+
+class Weights(Callback):
+    """Keeps all weights after each optimizer step."""
+
+    def __init__(self) -> None:
+        self.after: list[torch.Tensor] = []
+        self.losses: list[float] = []
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self.after.append(torch.nn.utils.parameters_to_vector(pl_module.parameters()).detach().clone())
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if pl_module.step_loss.made:
+            self.after.append(torch.nn.utils.parameters_to_vector(pl_module.parameters()).detach().clone())
+            self.losses.append(float(pl_module.step_loss.made["train_loss"]))
+
+
+def fit(module: CausalLMModule, batches: list[Batch], folder: Path, **settings: Any) -> Weights:
+    weights = Weights()
+    run = trainer(folder, max_epochs=1, callbacks=[weights], gradient_clip_val=1.0, **settings)
+    run.fit(module, DataLoader(batches, batch_size=None))
+    return weights
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_step_with_nothing_supervised_changes_nothing(accumulate: int, plain_gpt2: Path, tmp_path: Path) -> None:
+    """Guards against NaN from 0 / 0, and against weights that decay or follow momentum where nothing was learnt."""
+    batches = [batch(n) for n in (5, 0, 7) for _ in range(accumulate)]
+    module = CausalLMModule(pretrained=str(plain_gpt2), learning_rate=1e-2, weight_decay=0.5, schedule="constant")
+    found = fit(module, batches, tmp_path, accumulate_grad_batches=accumulate)
+    before, first, second, third = found.after
+    assert not torch.equal(before, first) and not torch.equal(second, third)
+    assert torch.equal(first, second)
+    assert third.isfinite().all()
+
+
+def test_a_micro_batch_with_nothing_supervised_weighs_nothing(plain_gpt2: Path, tmp_path: Path) -> None:
+    found = []
+    for batches in ([batch(5)], [batch(0), batch(5)]):
+        seed_everything(0, verbose=False)
+        module = CausalLMModule(pretrained=str(plain_gpt2), architecture=NO_DROPOUT)
+        found += fit(module, batches, tmp_path, accumulate_grad_batches=len(batches)).losses
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+
+
+def test_a_subclass_may_say_what_its_loss_is(plain_gpt2: Path, tmp_path: Path) -> None:
+    """What its training_step returns is back-propagated as it is."""
+
+    class Own(CausalLMModule):
+        def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
+            return token_losses(self.network, batch).mean()
+
+    class Norms(Callback):
+        norms: ClassVar[list[float]] = []
+
+        def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+            gradients = [p.grad for p in pl_module.parameters()]
+            self.norms.append(torch.stack([g.norm() for g in gradients]).norm().item())
+
+    for kind in (Own, CausalLMModule):
+        seed_everything(0, verbose=False)
+        module = kind(pretrained=str(plain_gpt2), architecture=NO_DROPOUT)
+        trainer(tmp_path, max_epochs=1, callbacks=[Norms()]).fit(module, DataLoader([batch(5)], batch_size=None))
+    assert Norms.norms[0] == pytest.approx(Norms.norms[1], rel=1e-5)
+
+
+def test_float16_does_not_overflow(plain_gpt2: Path) -> None:
+    """Guards against summed losses in float16: scaled as Lightning's 16-mixed scales, 32,000 supervised tokens stay finite."""
+    from transformers import GPT2LMHeadModel
+
+    model = GPT2LMHeadModel.from_pretrained(plain_gpt2).eval()
+    ids = np.random.default_rng(0).integers(0, 500, 128, dtype=np.int32)
+    large = collate([[(ids, np.ones(128, dtype=np.float32))]] * 250, pad_token_id=0)
+    gradients = []
+    for dtype in (torch.float32, torch.float16):
+        model.zero_grad()
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+            losses = token_losses(model, large)
+        assert losses.total.dtype == torch.float32 and len(losses.nll) > 30_000
+        scale = 2.0**16 if dtype == torch.float16 else 1.0
+        (losses.total / SCALE * scale).backward()
+        gradients.append(torch.nn.utils.parameters_to_vector([p.grad for p in model.parameters()]) / scale)
+    assert gradients[1].isfinite().all()
+    assert (gradients[1] - gradients[0]).norm() < 0.02 * gradients[0].norm()

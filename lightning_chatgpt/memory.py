@@ -11,8 +11,8 @@ _SETTINGS = {-4: 0, -1: -1}  # M_MMAP_MAX, M_TRIM_THRESHOLD
 def keep_freed_memory() -> bool:
     """Let the C library keep large blocks that are freed, in place of handing each back to the system.
 
-    Otherwise most tensors are mapped anew in each step, and the system clears and hands out each of their pages again. Peak memory stays
-    about what it was; between peaks it is not given back. Blocks that are mapped already stay so: call it before the network is built.
+    Otherwise most tensors are mapped anew in each step, and the system clears and hands out each of their pages again. Peak memory
+    grows by a few percent, and between peaks it is not given back. Blocks that are mapped already stay so: call it before training.
 
     Returns: whether it could be done; False where the C library is not glibc.
     """

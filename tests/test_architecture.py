@@ -14,6 +14,7 @@ FLOORS = {
     "errors": 0,
     "hub": 1,
     "memory": 1,
+    "precision": 1,
     "settings": 1,
     "chat": 1,
     "generation": 2,
@@ -25,7 +26,6 @@ FLOORS = {
     "data": 3,
     "commands": 4,
     "configuration": 4,
-    "precision": 4,
     "cli": 5,
     "__main__": 6,
 }

@@ -9,19 +9,20 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule
 
 from lightning_chatgpt import __version__
 from lightning_chatgpt.chat.faults import KINDS
 from lightning_chatgpt.data.chat import ChatDataModule
 from lightning_chatgpt.data.report import describe
 from lightning_chatgpt.errors import ConfigError
+from lightning_chatgpt.precision import ChatTrainer
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 
-class InspectTrainer(Trainer):
+class InspectTrainer(ChatTrainer):
     """A Trainer with one verb more, so that ``inspect`` takes every setting that ``fit`` takes."""
 
     def inspect(

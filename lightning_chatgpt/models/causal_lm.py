@@ -147,15 +147,12 @@ class CausalLMModule(LightningModule):
 
     def build_optimizer(self) -> Optimizer:
         """Build the optimizer of what is trained, matrices decaying and vectors not."""
-        # A gradient scaler (16-mixed) leaves unscaling to fused kernels, and then nothing could be clipped.
-        has_scaler = getattr(self.trainer.precision_plugin, "scaler", None) is not None
         return build_optimizer(
             self,
             optimizer=self.optimizer,
             learning_rate=self.learning_rate,
             weight_decay=self.weight_decay,
             matrices=self._matrices,
-            fused=not has_scaler,
         )
 
     def build_metrics(self, tokenizer: PreTrainedTokenizerFast) -> nn.ModuleDict:

@@ -83,7 +83,8 @@ def check_head(network: PreTrainedModel) -> None:
     was_training = network.training
     network.eval()
     with torch.no_grad():
-        ids = torch.linspace(0, head.weight.size(0) - 1, 8, device=network.device).long()[:, None]  # one token in each of eight rows
+        spread = torch.linspace(0, head.weight.size(0) - 1, 8, dtype=torch.float64)  # bfloat16 would round the last one up
+        ids = spread.long()[:, None].to(network.device)  # (8, 1)
         settings: Any = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
         expected = network(**settings).logits
         found = head(body(**settings).last_hidden_state)

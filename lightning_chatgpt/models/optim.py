@@ -120,7 +120,6 @@ def build_optimizer(
         weight_decay: What matrices decay by.
         matrices: As :func:`decay_groups` takes them.
         fused: Whether torch's fused kernels may be used, where the optimizer has them: one pass over a parameter in place of a dozen.
-            Not with a gradient scaler (16-mixed): fused kernels undo the scale themselves, and gradients could not be clipped before.
 
     Raises:
         ConfigError: There is no such optimizer, it does not take these settings, or it cannot train these parameters.
@@ -136,8 +135,6 @@ def build_optimizer(
             f"model.optimizer {cls.__name__} trains whole matrices only, and {clean_name(others[0])} and {len(others) - 1} more are none; "
             "take adamw, or a class_path of your own that does both"
         )
-    if settings.get("fused") and not fused:
-        raise ConfigError("model.optimizer.init_args.fused: gradients cannot be scaled (16-mixed) for a fused optimizer; leave it out")
     if cls is AdamW:
         settings.setdefault("betas", (0.9, 0.95))
     is_torchs = cls.__module__.partition(".")[0] == "torch"
@@ -145,6 +142,9 @@ def build_optimizer(
         settings["fused"] = all(p.device.type in _FUSED_DEVICES for _, p in trained)
     groups = decay_groups(trained, weight_decay=weight_decay, matrices=matrices)
     built: Optimizer = _construct("model.optimizer", cls, groups, lr=learning_rate, **settings)
+    # A fused optimizer would undo the scale of 16-mixed in its kernel, after clipping, which Lightning refuses (in bf16-mixed, too).
+    # Told that it cannot, the gradient scaler does it before.
+    built._step_supports_amp_scaling = False  # type: ignore[attr-defined]
     return built
 
 

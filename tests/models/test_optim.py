@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp._common_utils import FSDP_WRAPPED_MODULE
@@ -153,14 +154,26 @@ def test_adamw_is_fused_and_takes_the_step_of_its_formula(network: GPT2LMHeadMod
         torch.testing.assert_close(p.detach(), before[name] * (1 - 1e-2 * decay) - 1e-2 * p.grad.sign(), atol=1e-6, rtol=1e-5)
 
 
-def test_a_gradient_scaler_gets_an_optimizer_that_leaves_unscaling_to_it(network: GPT2LMHeadModel) -> None:
-    # Lightning cannot clip what a fused optimizer is to unscale.
-    assert getattr(build_optimizer(network, learning_rate=1, weight_decay=0), "_step_supports_amp_scaling", False)
-    unfused = build_optimizer(network, learning_rate=1, weight_decay=0, fused=False)
-    assert not getattr(unfused, "_step_supports_amp_scaling", False)
-    fused = {"class_path": "torch.optim.AdamW", "init_args": {"fused": True}}
-    with pytest.raises(ConfigError, match="fused"):
-        build_optimizer(network, optimizer=fused, learning_rate=1, weight_decay=0, fused=False)
+@pytest.mark.parametrize("optimizer", ["adamw", {"class_path": "torch.optim.SGD", "init_args": {"fused": True}}])
+def test_scaled_gradients_are_clipped_as_plain_ones_are(optimizer: Any) -> None:
+    # Lightning refused to clip for a fused optimizer in mixed precision: it would undo the scale after clipping.
+    def weights(scale: float | None) -> torch.Tensor:
+        torch.manual_seed(0)
+        module = nn.Linear(4, 4)
+        built = build_optimizer(module, optimizer=optimizer, learning_rate=0.1, weight_decay=0.1)
+        assert built.defaults["fused"] is True
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None)
+        plugin = MixedPrecision("bf16-mixed", "cpu")
+        for _ in range(3):
+            built.zero_grad()
+            scaler.scale(module(torch.ones(2, 4)).square().sum()).backward()
+            scaler.unscale_(built)
+            plugin.clip_gradients(built, 0.5)
+            scaler.step(built)
+            scaler.update()
+        return module.weight.detach()
+
+    torch.testing.assert_close(weights(1024.0), weights(None))
 
 
 def test_what_is_asked_for_is_what_the_optimizer_has(network: GPT2LMHeadModel) -> None:
@@ -175,6 +188,7 @@ def test_what_is_asked_for_is_what_the_optimizer_has(network: GPT2LMHeadModel) -
     optimizer = build_optimizer(network, optimizer=given, learning_rate=0.5, weight_decay=0.2)
     assert optimizer.defaults["momentum"] == 0.9 and optimizer.defaults["nesterov"] is True
     assert build_optimizer(network, optimizer="Adam", learning_rate=1, weight_decay=0).defaults["betas"] == (0.9, 0.999)
+    assert not build_optimizer(network, learning_rate=1, weight_decay=0, fused=False).defaults["fused"]
 
 
 def test_a_users_own_optimizer_is_used() -> None:

@@ -9,7 +9,8 @@ Every side trains a GPT-2 of the same shape from scratch on the 4,017 chitchat c
 with the assistant's words learnt, dropout 0.1, AdamW, clipping at 1 and a cosine schedule. Each runs in a process of its own, one after
 the other, in turns; by itself it chooses what it does with chats that are longer or shorter than a row:
 
-- ``ours``: ``lightning-chatgpt fit`` with ``data.packing: true``; ``ours-padded`` without.
+- ``ours``: ``lightning-chatgpt fit`` with ``data.packing: true``; ``ours-checkpointed`` with ``model.gradient_checkpointing`` besides;
+  ``ours-padded`` without packing.
 - ``bare``: ours' batches through transformers' GPT-2 in a plain loop of torch, the head at supervised positions only.
 - ``hf``: transformers' ``Trainer``, rows padded to the longest of a batch.
 - ``trl``: ``SFTTrainer(assistant_only_loss=True)`` as it comes, padded, with the gradient checkpointing that it turns on; ``trl-stored``
@@ -258,22 +259,23 @@ def print_figures(shape_name: str, shape: Shape, figures: dict[Entry, Figures]) 
 
 def print_ratios(shape_name: str, shape: Shape, figures: dict[Entry, Figures]) -> None:
     """Print a row for each peer: ours over the peer's, beside the goal where there is one."""
-    if ("ours", shape.precision) not in figures:
-        return
-    print(f"\n| ours over | tokens/s, ours in {shape.precision} | ours in bf16 | start cold | start warm | peak memory |")
+    print(f"\n| ours over theirs | tokens/s, ours in {shape.precision} | ours in bf16 | start cold | start warm | peak memory |")
     print("| --- | --- | --- | --- | --- | --- |")
     columns = {"speed": shape.precision, "speed bf16": "bf16", "cold": shape.precision, "warm": shape.precision, "peak": shape.precision}
-    for (name, precision), of_peer in figures.items():
-        if name.startswith("ours"):
+    peers = [entry for entry in figures if not entry[0].startswith("ours")]
+    # TRL computes activations again unless it is told not to: ours does the same in a row of its own.
+    pairs = [("ours", peer) for peer in peers] + [("ours-checkpointed", peer) for peer in peers if peer[0] == "trl"]
+    for own, (name, precision) in pairs:
+        if (own, shape.precision) not in figures:
             continue
         cells = []
         for column, our_precision in columns.items():
             metric = column.split()[0]
-            ours, theirs = figures.get(("ours", our_precision), {}).get(metric), of_peer.get(metric)
+            ours, theirs = figures.get((own, our_precision), {}).get(metric), figures[name, precision].get(metric)
             goal = GOALS.get((shape_name, name), {}).get(column) if precision == shape.precision else None
             wanted = f" ({'≥' if metric == 'speed' else '≤'} {goal})" if goal is not None else ""
             cells.append(f"{statistics.median(ours) / statistics.median(theirs):.2f}{wanted}" if ours and theirs else "–")
-        print(f"| {name}, {precision} | {' | '.join(cells)} |")
+        print(f"| {own} / {name}, {precision} | {' | '.join(cells)} |")
 
 
 def _spread(values: Sequence[float], form: str) -> str:

@@ -139,12 +139,13 @@ def on_batch_end(trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx:
     CLOCK.tick(batch)
 
 
-def run_ours(job: Job, *, packing: bool = True, hooks: dict[str, str] | None = None) -> None:
+def run_ours(job: Job, *, packing: bool = True, checkpointing: bool = False, hooks: dict[str, str] | None = None) -> None:
     """``lightning-chatgpt fit``, as from the command line.
 
     Args:
         job: What to do.
         packing: Whether chats share rows.
+        checkpointing: Gradient checkpointing, as TRL has it on by default.
         hooks: Lightning's callback hooks, each with the dotted path of the function it calls.
     """
     from lightning_chatgpt.__main__ import main
@@ -162,7 +163,12 @@ def run_ours(job: Job, *, packing: bool = True, hooks: dict[str, str] | None = N
             "enable_progress_bar": False,
             "callbacks": [{"class_path": "lightning.pytorch.callbacks.LambdaCallback", "init_args": hooks}],
         },
-        "model": {"architecture": job.shape.architecture, "learning_rate": LEARNING_RATE, "weight_decay": WEIGHT_DECAY},
+        "model": {
+            "architecture": job.shape.architecture,
+            "learning_rate": LEARNING_RATE,
+            "weight_decay": WEIGHT_DECAY,
+            "gradient_checkpointing": checkpointing,
+        },
         "data": {
             "train": str(job.chats),
             "validation": None,
@@ -323,6 +329,7 @@ def _train(trainer: Any) -> None:
 
 SIDES: dict[str, Callable[[Job], None]] = {
     "ours": run_ours,
+    "ours-checkpointed": partial(run_ours, checkpointing=True),
     "hf": run_hf,
     "trl": run_trl,
     "trl-stored": partial(run_trl, checkpointing=False),

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lightning_chatgpt.metrics.perplexity import BitsPerByte, Perplexity, TokenAccuracy
     from lightning_chatgpt.models.build import load_model
     from lightning_chatgpt.models.causal_lm import CausalLMModule
+    from lightning_chatgpt.models.strategies import ShardedStrategy, ZeroStrategy
 
 try:
     __version__ = version("lightning-chatgpt")
@@ -41,10 +42,12 @@ _ROOMS = {
     "PredictionWriter": "callbacks.predictions",
     "RunCheckpoint": "callbacks.checkpoint",
     "SampleGeneration": "callbacks.samples",
+    "ShardedStrategy": "models.strategies",
     "TextDataModule": "data.text",
     "TokenAccuracy": "metrics.perplexity",
     "TokenThroughput": "callbacks.throughput",
     "UserError": "errors",
+    "ZeroStrategy": "models.strategies",
     "load_model": "models.build",
 }
 
@@ -60,10 +63,12 @@ __all__ = [
     "PredictionWriter",
     "RunCheckpoint",
     "SampleGeneration",
+    "ShardedStrategy",
     "TextDataModule",
     "TokenAccuracy",
     "TokenThroughput",
     "UserError",
+    "ZeroStrategy",
     "__version__",
     "load_model",
 ]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from lightning_chatgpt import __version__
 from lightning_chatgpt.errors import ConfigError, UserError
+from lightning_chatgpt.memory import uncollected
 
 _TRAINER_VERBS = {
     "inspect": "see what the data holds and what the model will be fed",
@@ -46,7 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         elif verb == "--version":
             print(f"lightning-chatgpt {__version__}")
         elif verb in _TRAINER_VERBS:
-            from lightning_chatgpt.cli import run_trainer_verb
+            with uncollected():
+                from lightning_chatgpt.cli import run_trainer_verb
 
             run_trainer_verb(arguments)
         elif verb in _COMMANDS:

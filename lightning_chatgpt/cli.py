@@ -24,7 +24,7 @@ from lightning_chatgpt.callbacks.predictions import PredictionWriter
 from lightning_chatgpt.callbacks.samples import SampleGeneration
 from lightning_chatgpt.callbacks.throughput import TokenThroughput
 from lightning_chatgpt.commands.inspect import InspectTrainer
-from lightning_chatgpt.configuration import check_keys, one_line, resolve_arguments
+from lightning_chatgpt.configuration import check_keys, one_line, resolve_arguments, union_reason
 from lightning_chatgpt.data.chat import ChatDataModule
 from lightning_chatgpt.errors import ConfigError, UserError
 from lightning_chatgpt.memory import keep_freed_memory
@@ -186,7 +186,10 @@ class ChatCLI(LightningCLI):
                 CSVLogger(folder, name="", version=""),
                 TensorBoardLogger(folder, name="tensorboard", version=""),
             ] if self.subcommand == "fit" else False  # fmt: skip
-        trainer = super().instantiate_trainer(**kwargs)
+        try:
+            trainer = super().instantiate_trainer(**kwargs)
+        except ValueError as error:
+            raise ConfigError(f"trainer: {' '.join(str(error).split())}") from None
         # Known before the data is set up, so that model and data take tokenizer and architecture from the checkpoint.
         settings = self.config_init[self.subcommand]
         trainer.ckpt_path, settings["ckpt_path"] = settings["ckpt_path"], None
@@ -217,6 +220,8 @@ def run_trainer_verb(arguments: Sequence[str]) -> None:
         said: BaseException | None = error
         while said is not None and not isinstance(said, UserError):
             said = said.__cause__
+        if said is None and (reason := union_reason(str(error))):
+            raise ConfigError(reason) from None
         raise (said or error) from None
 
 
@@ -227,6 +232,7 @@ def _quieten() -> None:
         ".*Checkpoint directory .* exists and is not empty.*",
         ".*Experiment logs directory .* exists and is not empty.*",
         ".*isinstance.treespec, LeafSpec.* is deprecated.*",
+        ".*default `LightningModule.configure_gradient_clipping` will not actually.*",  # DeepSpeed clips by itself, as it should
     ):
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.getMessage())

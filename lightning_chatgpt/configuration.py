@@ -183,6 +183,12 @@ def one_line(message: str) -> str:
     return " ".join(message.split())
 
 
+def union_reason(message: str) -> str | None:
+    """What a class said of its own settings, out of jsonargparse's page about a setting that takes a name or a class; None if nothing."""
+    reasons: list[str] = re.findall(r"^\s+- (?!Expected )(.+)$", message, re.MULTILINE)
+    return reasons[-1] if reasons else None
+
+
 def _type_names(types: str) -> str:
     types = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", types).replace("NoneType", "null")
     return re.sub(r"typing\.Literal\[([^\]]*)\]", r"\1", types).replace("typing.", "").replace(", ", " or ")

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -296,7 +297,7 @@ def test_every_shipped_config_runs(name: str, tmp_path: Path, plain_gpt2: Path, 
         assert (tmp_path / "runs/finetune/checkpoints/last.ckpt").is_file()
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp", "deepspeed"])
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "fsdp", "deepspeed"])
 def test_overlays_change_where_and_nothing_else(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The GPU strategies are parsed, not run: this machine may have none."""
     from lightning_chatgpt.cli import ChatCLI
@@ -314,7 +315,20 @@ def test_overlays_change_where_and_nothing_else(name: str, tmp_path: Path, monke
     for key in ("model", "data", "samples", "checkpoint", "seed_everything"):
         assert plain[key] == overlaid[key]
     changed = {k for k, v in vars(plain["trainer"]).items() if vars(overlaid["trainer"])[k] != v}
-    assert "strategy" in changed and changed <= {"strategy", "accelerator", "devices", "precision", "gradient_clip_val"}
+    assert "strategy" in changed and changed <= {"strategy", "accelerator", "devices"}
+
+
+def test_a_strategy_that_cannot_be_says_so_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards against jsonargparse's page about the types a strategy may have, and Lightning's traceback."""
+    monkeypatch.chdir(tmp_path)
+    on_top = ["fit", "-c", "lightning_chatgpt:quickstart", "--trainer.accelerator", "cpu", "-c"]
+    if find_spec("deepspeed") is None:
+        said = refused(*on_top, "lightning_chatgpt:strategy/deepspeed", capsys=capsys)
+        assert said == "error: trainer.strategy ZeroStrategy needs the package deepspeed; pip install deepspeed"
+    said = refused(*on_top, "lightning_chatgpt:strategy/fsdp", "--trainer.accelerator", "cpu", capsys=capsys)
+    assert said.startswith("error: trainer: The strategy `fsdp` requires a GPU accelerator")
 
 
 def test_help_of_every_verb(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import platform
 import subprocess
 import sys
 
 import pytest
 
-from lightning_chatgpt.memory import keep_freed_memory
+from lightning_chatgpt.memory import keep_freed_memory, uncollected
 
 # Ten times in a row 64 MiB are taken, written and freed; the system counts the pages it hands out.
 SCRIPT = """
@@ -60,3 +61,17 @@ def refuse(name: None) -> None:
 def test_elsewhere_nothing_is_done(load: object, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ctypes, "CDLL", load)
     assert keep_freed_memory() is False
+
+
+def test_garbage_is_collected_again_after_imports() -> None:
+    """Garbage of before is left; what was imported is not looked at any more; a failed import changes nothing."""
+    n_before = gc.get_freeze_count()
+    with uncollected():
+        assert not gc.isenabled()
+        kept = [[]]  # a stand-in for a module's objects
+    assert gc.isenabled() and gc.get_freeze_count() > n_before
+    assert not any(found is kept for found in gc.get_objects())
+    gc.unfreeze()
+    with pytest.raises(ImportError), uncollected():
+        raise ImportError
+    assert gc.isenabled() and gc.get_freeze_count() == 0

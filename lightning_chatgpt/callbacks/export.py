@@ -25,16 +25,17 @@ class HuggingFaceExport(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the folder."""
-        if trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         module: Any = pl_module
-        checkpoint = next((c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)), None)
+        found = next((c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)), None)
         target = Path(trainer.default_root_dir) / self.dirname
-        # A strategy that saves folders of shards has no single file to read the best from.
-        if checkpoint is not None and Path(checkpoint.best_model_path).is_file():
-            score = checkpoint.best_model_score
-            facts = {checkpoint.monitor: f"{score:.4f}"} if checkpoint.monitor and score is not None else {}
-            folder = module.export(target, checkpoint=checkpoint.best_model_path, facts=facts)
-        else:
-            folder = module.export(target)
-        rank_zero_info(f"The model is in {folder}; talk to it: python -m lightning_chatgpt chat {trainer.default_root_dir}")
+        # A strategy that saves folders of shards has no single file to read the best from: all processes gather the current weights.
+        if not trainer.strategy.broadcast(found is not None and Path(found.best_model_path).is_file()):
+            module.export(target)
+        elif trainer.is_global_zero:
+            assert found is not None
+            score = found.best_model_score
+            facts = {found.monitor: f"{score:.4f}"} if found.monitor and score is not None else {}
+            module.export(target, checkpoint=found.best_model_path, facts=facts)
+        rank_zero_info(f"The model is in {target}; talk to it: python -m lightning_chatgpt chat {trainer.default_root_dir}")

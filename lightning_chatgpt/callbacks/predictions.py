@@ -18,7 +18,8 @@ class PredictionWriter(BasePredictionWriter):
     """Writes each predicted reply as one line of JSON, in the order of the conversations.
 
     A line holds ``id``, ``prompt`` (messages), ``reply``, ``reference`` (null if there is none), ``prompt_tokens``,
-    ``completion_tokens`` and ``finish_reason``. Several processes write a part each, which are put together at the end.
+    ``completion_tokens`` and ``finish_reason``. Processes that answer different ones write a part each,
+    which are put together at the end.
 
     Args:
         filename: The file in the run folder.
@@ -30,10 +31,13 @@ class PredictionWriter(BasePredictionWriter):
         self._file: TextIO | None = None
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Open this process's part."""
-        path = self._part(trainer, trainer.global_rank)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("w", encoding="utf-8")
+        """Open this process's part; of processes that split a model's layers, and answer the same, the first writes."""
+        n_parts = self._n_parts(trainer)
+        part, place = divmod(trainer.global_rank, trainer.world_size // n_parts)
+        if place == 0:
+            path = self._part(trainer, part)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("w", encoding="utf-8")
 
     def write_on_batch_end(
         self,
@@ -46,19 +50,20 @@ class PredictionWriter(BasePredictionWriter):
         dataloader_idx: int,
     ) -> None:
         """Write a batch's replies."""
-        assert self._file is not None
+        if self._file is None:
+            return
         for record in prediction:
             self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
         self._file.flush()
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put the parts together: conversation i is the next line of process i mod n."""
-        assert self._file is not None
-        self._file.close()
+        """Put the parts together: conversation i is the next line of part i mod n."""
+        if self._file is not None:
+            self._file.close()
         trainer.strategy.barrier("predictions written")
         if not trainer.is_global_zero:
             return
-        parts = [self._part(trainer, rank) for rank in range(trainer.world_size)]
+        parts = [self._part(trainer, part) for part in range(self._n_parts(trainer))]
         target = self._folder(trainer) / self.filename
         if len(parts) == 1:
             parts[0].replace(target)
@@ -66,11 +71,15 @@ class PredictionWriter(BasePredictionWriter):
             _interleave(parts, target)
         rank_zero_info(f"Replies written to {target}")
 
+    def _n_parts(self, trainer: Trainer) -> int:
+        shares = trainer.distributed_sampler_kwargs
+        return int(shares["num_replicas"]) if shares else 1
+
     def _folder(self, trainer: Trainer) -> Path:
         return Path(trainer.default_root_dir)
 
-    def _part(self, trainer: Trainer, rank: int) -> Path:
-        return self._folder(trainer) / f"{self.filename}.part{rank}"
+    def _part(self, trainer: Trainer, part: int) -> Path:
+        return self._folder(trainer) / f"{self.filename}.part{part}"
 
 
 def _interleave(parts: Sequence[Path], target: Path) -> None:

@@ -84,9 +84,9 @@ class SampleGeneration(Callback):
         self._last_step = trainer.global_step
         modes = {module: module.training for module in pl_module.modules()}
         pl_module.eval()
-        # Every process takes part: a sharded network cannot answer in one alone.
+        # Every process takes part: a sharded network is gathered by all.
         try:
-            with isolate_rng():
+            with isolate_rng(), pl_module.gathered():
                 replies = self._replies(pl_module)
         finally:
             for module, mode in modes.items():

@@ -424,9 +424,9 @@ class TokenDataModule(LightningDataModule, Generic[Item]):
         return self.datasets[part]
 
     def _ranks(self) -> dict[str, int]:
-        if self.trainer is None:
-            return {"rank": 0, "world_size": 1}
-        return {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size}
+        """Whose share of the rows is read here, and how many shares there are; processes that split a model's layers read one share."""
+        shares = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
+        return {"rank": shares["rank"], "world_size": shares["num_replicas"]} if shares else {"rank": 0, "world_size": 1}
 
     def _check_shares(self, name: str, n_rows: int) -> None:
         n_processes = self._ranks()["world_size"]

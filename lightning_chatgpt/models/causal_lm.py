@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lightning.pytorch import LightningModule
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -32,6 +31,7 @@ from lightning_chatgpt.models.adapters import (
 from lightning_chatgpt.models.attention import Attention, set_attention
 from lightning_chatgpt.models.kernels import blocks_of, use_fast_kernels
 from lightning_chatgpt.models.loss import TokenLosses, check_head, token_losses
+from lightning_chatgpt.models.module import ShardableModule
 from lightning_chatgpt.models.optim import build_optimizer, build_schedule, check_optimization, matrix_names
 from lightning_chatgpt.models.step import StepLoss
 
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 Stage = Literal["val", "test"]
 
 
-class CausalLMModule(LightningModule):
+class CausalLMModule(ShardableModule):
     """Wraps a causal language model of transformers: loss, metrics, optimizer, replies, checkpoints.
 
     Logs ``train_loss``, ``learning_rate``, ``val_loss`` (mean negative log-likelihood over supervised tokens, in nats), ``val_perplexity``,
@@ -203,6 +203,7 @@ class CausalLMModule(LightningModule):
         """Build the network, once the Trainer's data module has its tokenizer. Called by Lightning."""
         if self.is_built or self._trainer is None:
             return  # without a Trainer this is load_from_checkpoint, which brings its own in on_load_checkpoint
+        StepLoss.check(self.trainer.strategy)
         checkpoint = self._checkpoint_to_come()
         if checkpoint is not None:
             self._build_from_checkpoint(checkpoint)
@@ -214,16 +215,20 @@ class CausalLMModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what a checkpoint needs to stand alone: architecture and tokenizer, as plain text."""
-        assert self.tokenizer is not None
-        checkpoint[build.CHECKPOINT_KEY] = {
-            "architecture": json.dumps(json.loads(self.network.config.to_json_string(use_diff=False))),
-            "tokenizer": tokenizer_state(self.tokenizer),
-            **({"adapter": self._adapter} if self._adapter else {}),
-        }
+        checkpoint[build.CHECKPOINT_KEY] = self._description()
         if build.holds_adapter_only(checkpoint[build.CHECKPOINT_KEY]):
             kept = {f"{build.NETWORK_PREFIX}{name}" for name in adapter_state(self.network)}
             state = checkpoint["state_dict"]
             checkpoint["state_dict"] = {k: v for k, v in state.items() if k in kept or not k.startswith(build.NETWORK_PREFIX)}
+
+    def _description(self) -> dict[str, Any]:
+        """What the network is, its weights aside."""
+        assert self.tokenizer is not None
+        return {
+            "architecture": json.dumps(json.loads(self.network.config.to_json_string(use_diff=False))),
+            "tokenizer": tokenizer_state(self.tokenizer),
+            **({"adapter": self._adapter} if self._adapter else {}),
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Build the network that the checkpoint's weights fit.
@@ -263,6 +268,7 @@ class CausalLMModule(LightningModule):
         if self.compiles:
             for block in blocks_of(network):
                 block.compile()
+        self.shard()
         if self._trainer is not None and self._trainer.state.fn == "fit":
             rank_zero_info(chosen)
         self.metrics = nn.ModuleDict({stage: self.build_metrics(tokenizer) for stage in ("val", "test")})
@@ -278,7 +284,7 @@ class CausalLMModule(LightningModule):
 
     def score(self, batch: Batch) -> TokenLosses:
         """Run the network over a batch and score its supervised tokens."""
-        return token_losses(self.network, batch)
+        return self.run(token_losses, batch)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Score a micro-batch.
@@ -354,6 +360,8 @@ class CausalLMModule(LightningModule):
     def export(self, folder: str | Path, *, checkpoint: str | Path | None = None, facts: Mapping[str, object] | None = None) -> Path:
         """Write the network as a plain transformers folder.
 
+        While a Trainer has it cut among devices, all processes call this without ``checkpoint``, and the first writes.
+
         Args:
             folder: Where to.
             checkpoint: Weights to take in place of the current ones, such as the best of the run.
@@ -366,6 +374,12 @@ class CausalLMModule(LightningModule):
 
         assert self.tokenizer is not None
         network = build.load_model(checkpoint).network if checkpoint is not None else self.network
+        if checkpoint is None and self.is_sharded:
+            state = self.whole_state()
+            if not self.trainer.is_global_zero:
+                return Path(folder)
+            network = build.network_from_checkpoint(self._description(), tokenizer=self.tokenizer)
+            network.load_state_dict(state)
         if has_adapter(network):
             network = merge_adapter(network)
         told = {"Started from": self.pretrained or "scratch", **(facts or {})}

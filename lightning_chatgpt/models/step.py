@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
+
+from lightning_chatgpt.errors import ConfigError
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
@@ -39,6 +40,17 @@ class StepLoss:
         self._has_targets = False
         self.made: dict[str, Any] = {}
 
+    @staticmethod
+    def check(strategy: Any) -> None:
+        """Refuse a strategy whose gradients are not to be had.
+
+        Raises:
+            ConfigError: It accumulates gradients by itself, and says nothing of when it steps.
+        """
+        if strategy.handles_gradient_accumulation and not hasattr(strategy, "scale_gradients"):
+            name = type(strategy).__name__
+            raise ConfigError(f"trainer.strategy {name} hides its gradients; take ZeroStrategy, as configs/strategy/deepspeed.yaml does")
+
     def add(self, losses: TokenLosses) -> Tensor:
         """Add a micro-batch.
 
@@ -46,9 +58,6 @@ class StepLoss:
         """
         self.made = {}
         sums = torch.stack([losses.total.detach(), losses.weights.to(losses.total.dtype).sum()])
-        trainer = self._module[0].trainer
-        if trainer.strategy.handles_gradient_accumulation:
-            return self._of_micro_batch(losses.total, sums)
         self._has_targets |= not losses.is_empty
         self._sums = sums if self._sums is None else self._sums + sums
         return losses.total / SCALE
@@ -66,34 +75,28 @@ class StepLoss:
             return result  # a subclass's own training_step says what its loss is
         module = self._module[0]
         trainer = module.trainer
+        strategy: Any = trainer.strategy
+        if not getattr(strategy, "is_last_of_step", True):
+            return result  # DeepSpeed's engine accumulates by itself, and comes here after each micro-batch
         sums, has_targets = self._sums, self._has_targets
         self._sums, self._has_targets = None, False
         if trainer.world_size > 1:
-            sums = trainer.strategy.reduce(sums, reduce_op="sum")
+            sums = strategy.reduce(sums, reduce_op="sum")
         total, weight = sums.unbind()
         self._note(total, weight)
+        # Lightning has divided by the micro-batches, and the strategy by the processes.
+        factor = SCALE * trainer.accumulate_grad_batches * trainer.world_size / weight
+        if hasattr(strategy, "scale_gradients"):
+            strategy.scale_gradients(factor if weight else torch.ones_like(weight))
+            return result
         # Asked of the device only where this process has no target: each comes to the same answer.
         if not has_targets and not weight:
             for parameter in module.parameters():
                 parameter.grad = None  # zeros would still decay weights and follow momentum
             return None
-        # Lightning has divided by the micro-batches, and the strategy by the processes.
-        factor = SCALE * trainer.accumulate_grad_batches * trainer.world_size / weight
         gradients = [p.grad for p in module.parameters() if p.grad is not None]
         torch._foreach_mul_([g.to_local() if hasattr(g, "to_local") else g for g in gradients], factor)
         return result
-
-    def _of_micro_batch(self, total: Tensor, sums: Tensor) -> Tensor:
-        """DeepSpeed's engine accumulates and clips by itself: all processes' tokens weigh the same, micro-batches weigh the same."""
-        trainer = self._module[0].trainer
-        if trainer.accumulate_grad_batches > 1:
-            rank_zero_warn(
-                "DeepSpeed accumulates gradients by itself: each micro-batch of a step weighs the same, however many tokens it "
-                "supervises; set trainer.accumulate_grad_batches to 1 and a larger data.batch_size for a loss that is exact"
-            )
-        all_totals, weight = trainer.strategy.reduce(sums, reduce_op="sum").unbind()
-        self._note(all_totals, weight)
-        return total * trainer.world_size / weight.clamp(min=torch.finfo(weight.dtype).tiny)
 
     def _note(self, total: Tensor, weight: Tensor) -> None:
         learning_rate = self._module[0].trainer.optimizers[0].param_groups[0]["lr"]

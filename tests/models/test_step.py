@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, seed_everything
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.utils.data import DataLoader
 
 from lightning_chatgpt import CausalLMModule
 from lightning_chatgpt.data.collate import Batch, collate
+from lightning_chatgpt.errors import ConfigError
 from lightning_chatgpt.models.loss import token_losses
 from lightning_chatgpt.models.step import SCALE
 from tests.conftest import trainer
@@ -116,3 +118,18 @@ def test_float16_does_not_overflow(plain_gpt2: Path) -> None:
         gradients.append(torch.nn.utils.parameters_to_vector([p.grad for p in model.parameters()]) / scale)
     assert gradients[1].isfinite().all()
     assert (gradients[1] - gradients[0]).norm() < 0.02 * gradients[0].norm()
+
+
+class HiddenGradients(SingleDeviceStrategy):
+    """Accumulates by itself, as Lightning's DeepSpeed does, and tells nothing of it."""
+
+    @property
+    def handles_gradient_accumulation(self) -> bool:
+        return True
+
+
+def test_a_strategy_that_hides_its_gradients_is_refused(plain_gpt2: Path, tmp_path: Path) -> None:
+    """Guards against gradients that nobody divides by the step's tokens."""
+    run = trainer(tmp_path, max_epochs=1, strategy=HiddenGradients())
+    with pytest.raises(ConfigError, match="HiddenGradients hides its gradients; take ZeroStrategy"):
+        run.fit(CausalLMModule(pretrained=str(plain_gpt2)), DataLoader([batch(1)], batch_size=None))

@@ -18,13 +18,14 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning_utilities.core.rank_zero import rank_zero_only, rank_zero_warn
 from transformers.utils import logging as transformers_logging
 
+from lightning_chatgpt.arguments import OneLineParser, union_reason
 from lightning_chatgpt.callbacks.checkpoint import RunCheckpoint
 from lightning_chatgpt.callbacks.export import HuggingFaceExport
 from lightning_chatgpt.callbacks.predictions import PredictionWriter
 from lightning_chatgpt.callbacks.samples import SampleGeneration
 from lightning_chatgpt.callbacks.throughput import TokenThroughput
 from lightning_chatgpt.commands.inspect import InspectTrainer
-from lightning_chatgpt.configuration import check_keys, one_line, resolve_arguments, union_reason
+from lightning_chatgpt.configuration import check_keys, resolve_arguments
 from lightning_chatgpt.data.chat import ChatDataModule
 from lightning_chatgpt.errors import ConfigError, UserError
 from lightning_chatgpt.memory import keep_freed_memory
@@ -46,13 +47,8 @@ _RUN_FILES = (
 _CLASSES = {"model": CausalLMModule, "data": ChatDataModule}
 
 
-class ChatArgumentParser(LightningArgumentParser):
-    """Says in one line what is wrong, in place of jsonargparse's page, and leaves with exit code 2."""
-
-    def error(self, message: str, ex: Exception | None = None) -> Any:
-        """Print the line that tells most, and leave."""
-        sys.stderr.write(f"error: {one_line(message)}\n")
-        self.exit(2)
+class ChatArgumentParser(OneLineParser, LightningArgumentParser):
+    """Lightning's, whose errors are one line."""
 
 
 class RunFolder(SaveConfigCallback):

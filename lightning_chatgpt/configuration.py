@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import re
 from collections.abc import Collection, Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -168,27 +167,3 @@ def _init_parameters(cls: type) -> set[str]:
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):
             break
     return names
-
-
-def one_line(message: str) -> str:
-    """Jsonargparse's error, as one line: the key, what it takes, and what it was given."""
-    key = re.search(r'Parser key "([^"]+)"', message)
-    plain = re.search(r"Expected an? (.+?)\. Got value: (.*)", message)
-    union = re.search(r"Subtypes: \[(.*)\]", message)
-    given = re.search(r"Given value: (.*)", message)
-    if key and plain:
-        return f"{key[1]}: {plain[2]!r} cannot be used; it takes {_type_names(plain[1])}"
-    if key and union and given:
-        return f"{key[1]}: {given[1]!r} cannot be used; it takes {_type_names(union[1])}"
-    return " ".join(message.split())
-
-
-def union_reason(message: str) -> str | None:
-    """What a class said of its own settings, out of jsonargparse's page about a setting that takes a name or a class; None if nothing."""
-    reasons: list[str] = re.findall(r"^\s+- (?!Expected )(.+)$", message, re.MULTILINE)
-    return reasons[-1] if reasons else None
-
-
-def _type_names(types: str) -> str:
-    types = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", types).replace("NoneType", "null")
-    return re.sub(r"typing\.Literal\[([^\]]*)\]", r"\1", types).replace("typing.", "").replace(", ", " or ")

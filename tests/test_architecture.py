@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "lightning_chatgpt"
 # A room may import rooms of a lower floor, and its own. One door is open besides: data and models meet in the Batch.
 FLOORS = {
     "errors": 0,
+    "arguments": 1,
     "hub": 1,
     "memory": 1,
     "precision": 1,

@@ -15,5 +15,7 @@ def run_command(verb: str, arguments: Sequence[str]) -> None:
     """
     from jsonargparse import auto_cli
 
+    from lightning_chatgpt.arguments import OneLineParser
+
     function = getattr(import_module(f"{__name__}.{verb}"), verb)
-    auto_cli(function, args=list(arguments), as_positional=True, prog=f"lightning-chatgpt {verb}")
+    auto_cli(function, args=list(arguments), as_positional=True, prog=f"lightning-chatgpt {verb}", parser_class=OneLineParser)

@@ -1,9 +1,8 @@
-"""What chats and plain text share: settings, reading and encoding through the cache, the tokenizer, and the data loaders."""
+"""What chats and plain text share: reading and encoding through the cache, and the tokenizer."""
 
 from __future__ import annotations
 
 import json
-import warnings
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,26 +12,20 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-import numpy as np
-from lightning.pytorch import LightningDataModule
 from lightning_utilities.core.rank_zero import rank_zero_info
-from torch.utils.data import DataLoader
 
 from lightning_chatgpt.chat.encoding import Example
 from lightning_chatgpt.chat.faults import OnFault
 from lightning_chatgpt.chat.tokenizer import load_tokenizer, tokenizer_from_state, tokenizer_state, train_tokenizer
 from lightning_chatgpt.data import preparation
 from lightning_chatgpt.data.cache import build_once, cache_folder, key_of
-from lightning_chatgpt.data.collate import collate
 from lightning_chatgpt.data.duplicates import DuplicateSettings
 from lightning_chatgpt.data.examples import ExampleDataset
-from lightning_chatgpt.data.mixture import Draws, Mixture
-from lightning_chatgpt.data.packing import pack
-from lightning_chatgpt.data.sampler import EpochSampler, ShardSampler
 from lightning_chatgpt.data.selection import Parts, SourceRows, drop_duplicates, find_leaks, key_of_parts, load_rows, save_rows, split_parts
+from lightning_chatgpt.data.serving import ServingDataModule
 from lightning_chatgpt.data.sources import Source, SourceSettings
 from lightning_chatgpt.data.tables import ItemTable, TokenTable
-from lightning_chatgpt.errors import ConfigError, DataError, nearest
+from lightning_chatgpt.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -45,7 +38,7 @@ Fractional = float | Sources | None
 _PARTS_OF_STAGE = {"fit": ("train", "validation", "test"), "validate": ("validation",), "test": ("test",)}
 
 
-class TokenDataModule(LightningDataModule, Generic[Item]):
+class TokenDataModule(ServingDataModule, Generic[Item]):
     """Reads items from sources, splits them, encodes them, and serves batches.
 
     A subclass says how items are read (``read``), stored (``dump`` and ``load``), told apart (``split_key``, ``digest``), what is said in
@@ -55,14 +48,9 @@ class TokenDataModule(LightningDataModule, Generic[Item]):
     the training split.
 
     Attributes:
-        tokenizer: What encodes; known after ``setup``.
-        datasets: The examples of each part, after ``setup``.
         report: What was found in the data, as plain data, after ``setup``.
         is_strict: Whether leaks and a lack of supervised tokens are errors; set to False to look at the report all the same.
     """
-
-    tokenizer: PreTrainedTokenizerFast | None
-    max_length: int | None
 
     def __init__(
         self,
@@ -82,14 +70,15 @@ class TokenDataModule(LightningDataModule, Generic[Item]):
         num_workers: int = 0,
         seed: int = 0,
     ) -> None:
-        super().__init__()
-        for name, value in (("batch_size", batch_size), ("max_length", max_length)):
-            if value is not None and value < 1:
-                raise ConfigError(f"data.{name} must be at least 1, not {value}")
-        if num_workers < 0:
-            raise ConfigError(f"data.num_workers must be at least 0, not {num_workers}")
-        if packing and group_by_length:
-            raise ConfigError("data.packing fills every row, so data.group_by_length has nothing to do; leave one out")
+        super().__init__(
+            batch_size=batch_size,
+            max_length=max_length,
+            packing=packing,
+            group_by_length=group_by_length,
+            mixture=mixture,
+            num_workers=num_workers,
+            seed=seed,
+        )
         if max_leak is not None and not 0 <= max_leak <= 1:
             raise ConfigError(f"data.max_leak is a fraction of the held-out items: 0 to 1, or null for no check, not {max_leak}")
         self.train = train
@@ -97,18 +86,9 @@ class TokenDataModule(LightningDataModule, Generic[Item]):
         self.test = test
         self.tokenizer_name = tokenizer
         self.vocab_size = vocab_size
-        self.batch_size = batch_size
-        self.max_length = max_length
-        self.packing = packing
-        self.group_by_length = group_by_length
-        self.mixture = Mixture.of(mixture)
         self.on_fault = on_fault
         self.max_leak = max_leak
         self.cache = cache_folder(cache_dir)
-        self.num_workers = num_workers
-        self.seed = seed
-        self.tokenizer = None
-        self.datasets: dict[str, ExampleDataset] = {}
         self.report: dict[str, Any] = {}
         self.is_strict = True
 
@@ -180,23 +160,6 @@ class TokenDataModule(LightningDataModule, Generic[Item]):
         for part, sources in parts.items():
             if part not in self.datasets and not (part == "test" and stage == "fit"):
                 self.datasets[part] = self._encode_part(part, sources)
-
-    def train_dataloader(self) -> DataLoader[Any]:
-        """Shuffled batches of the training split."""
-        dataset = self._dataset("train")
-        return self._loader(dataset, self.train_sampler(dataset))
-
-    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
-        """Batches of the validation split, each example once over all processes; nothing if there is no such split."""
-        if "validation" in self.datasets:
-            return self._evaluation_loader("validation")
-        # Lightning asks whether that is meant; data.validation says so.
-        warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")
-        return []
-
-    def test_dataloader(self) -> DataLoader[Any]:
-        """Batches of the test split, each example once over all processes."""
-        return self._evaluation_loader("test")
 
     # How it is done.
 
@@ -290,46 +253,6 @@ class TokenDataModule(LightningDataModule, Generic[Item]):
         """The chat template that the tokenizer is to carry; None for its own, or ChatML."""
         return None
 
-    def train_sampler(self, dataset: ExampleDataset) -> EpochSampler:
-        """What an epoch of training reads, in which order."""
-        ranks = self._ranks()
-        return EpochSampler(
-            dataset.lengths,
-            step_size=self.batch_size * ranks["world_size"] * (self.trainer.accumulate_grad_batches if self.trainer is not None else 1),
-            seed=self.seed,
-            draws=self._draws(dataset),
-            capacity=self.max_length if self.packing else None,
-            group_by_length=self.group_by_length,
-            **ranks,
-        )
-
-    def _draws(self, dataset: ExampleDataset) -> Draws | None:
-        if self.mixture == Mixture():
-            return None
-        groups: list[str] = []
-        known: set[str] = set()
-        for source in dataset.sources:
-            if self.mixture.label is None:
-                groups += [source.name] * len(source.rows)
-                continue
-            for text in source.table.column("labels", source.rows):
-                labels = json.loads(text) if text else {}
-                known |= labels.keys()
-                groups.append(labels.get(self.mixture.label, ""))
-        if self.mixture.label is not None and not any(groups):
-            raise ConfigError(
-                f"data.mixture.label {self.mixture.label!r} is said of no record; {nearest(self.mixture.label, sorted(known))}"
-            )
-        return Draws(
-            self.mixture,
-            lengths=dataset.lengths,
-            conversations=dataset.conversations,
-            groups=groups,
-            places=np.concatenate([source.table.places[source.rows] for source in dataset.sources]),
-            seed=self.seed,
-            capacity=self.max_length if self.packing else None,
-        )
-
     def _texts_of(self, content: str) -> list[str]:
         return self.texts(self.load(content))
 
@@ -417,37 +340,3 @@ class TokenDataModule(LightningDataModule, Generic[Item]):
                     bar.update()
 
         TokenTable.write(path, numbered(), lambda: {"counts": dict(counts)})
-
-    def _dataset(self, part: str) -> ExampleDataset:
-        if part not in self.datasets:
-            raise DataError(f"data.{part} holds nothing; call setup, or name a source that is not empty")
-        return self.datasets[part]
-
-    def _ranks(self) -> dict[str, int]:
-        """Whose share of the rows is read here, and how many shares there are; processes that split a model's layers read one share."""
-        shares = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
-        return {"rank": shares["rank"], "world_size": shares["num_replicas"]} if shares else {"rank": 0, "world_size": 1}
-
-    def _check_shares(self, name: str, n_rows: int) -> None:
-        n_processes = self._ranks()["world_size"]
-        if n_rows < n_processes:
-            raise DataError(f"{name} holds {n_rows} row(s), too few for {n_processes} processes; add more, or use fewer")
-
-    def _evaluation_loader(self, part: str) -> DataLoader[Any]:
-        dataset = self._dataset(part)
-        assert self.max_length is not None
-        rows = pack(dataset.lengths, capacity=self.max_length) if self.packing else [[i] for i in range(len(dataset))]
-        self._check_shares(f"data.{part}", len(rows))
-        return self._loader(dataset, ShardSampler(rows, **self._ranks()))
-
-    def _loader(self, dataset: ExampleDataset, sampler: EpochSampler | ShardSampler) -> DataLoader[Any]:
-        assert self.tokenizer is not None
-        width = self.max_length if self.packing else None
-        return DataLoader(
-            dataset,
-            batch_size=self.batch_size,
-            sampler=sampler,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            collate_fn=partial(collate, pad_token_id=self.tokenizer.pad_token_id, width=width),
-        )

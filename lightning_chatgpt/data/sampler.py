@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.utils.data import Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from lightning_chatgpt.data.mixture import Draws
 from lightning_chatgpt.data.packing import pack, shuffle_equal
@@ -46,6 +46,9 @@ class EpochSampler(DistributedSampler[Any]):
         group_by_length: Whether rows of about one length share an optimizer step, whose batches are then padded little.
         rank: Which process this is, from 0.
         world_size: How many processes read.
+
+    Attributes:
+        n_read: Rows of its share that this process has read already, and that the epoch begins behind.
     """
 
     def __init__(
@@ -62,6 +65,7 @@ class EpochSampler(DistributedSampler[Any]):
     ) -> None:
         self.lengths = np.asarray(lengths, dtype=np.int64)
         self.step_size = step_size
+        self.n_read = 0
         self.draws = draws
         self.group_by_length = group_by_length
         self._packed = pack(self.lengths, capacity=capacity) if capacity is not None and draws is None else None
@@ -69,10 +73,10 @@ class EpochSampler(DistributedSampler[Any]):
         super().__init__(_Numbers(n_rows), num_replicas=world_size, rank=rank, seed=seed)
 
     def __iter__(self) -> Iterator[Row]:
-        """The rows of this process, in this epoch's order."""
+        """The rows of this process that are left, in this epoch's order."""
         order = self.epoch_rows(self.epoch)
         order += [()] * (self.total_size - len(order))  # torch would read the first ones twice
-        yield from order[self.rank : self.total_size : self.num_replicas]
+        yield from order[self.rank + self.n_read * self.num_replicas : self.total_size : self.num_replicas]
 
     def epoch_rows(self, epoch: int) -> list[Row]:
         """All rows of an epoch, over all processes, in order."""
@@ -125,3 +129,34 @@ class ShardSampler(DistributedSampler[Any]):
     def __len__(self) -> int:
         """How many rows this process reads."""
         return len(self.share)
+
+
+class TrainLoader(DataLoader[Any]):
+    """Serves training batches, those of an epoch that was begun before from where it was left.
+
+    Has no state of its own: what an epoch reads is a function of seed and epoch, and the Trainer, whose progress is in its checkpoints,
+    knows how much of it is done.
+
+    Args:
+        position: How many batches of the epoch are done, as far as the Trainer knows; asked when the first batch is wanted.
+        *args: What a ``DataLoader`` takes.
+        **kwargs: What a ``DataLoader`` takes.
+    """
+
+    def __init__(self, *args: Any, position: Callable[[], int], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.position = position
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # a generator: Lightning asks for it before it knows epoch and position
+        """The epoch's batches that are left."""
+        if isinstance(self.sampler, EpochSampler):  # Lightning puts another in its place to overfit on purpose
+            assert self.batch_size is not None
+            self.sampler.n_read = self.position() * self.batch_size
+        yield from super().__iter__()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: by this method Lightning knows that a run can go on within an epoch."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Do nothing; see :meth:`state_dict`."""

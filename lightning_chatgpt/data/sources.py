@@ -220,8 +220,8 @@ def find_files(source: str, *, suffixes: Sequence[str] = SUFFIXES) -> list[Path]
     if path.is_file():
         return [path]
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.is_file() and format_of(p) in suffixes)
-        records = [p for p in files if format_of(p) not in (".txt", ".md")]
+        files = sorted(p for p in path.rglob("*") if p.is_file() and (format_of(p) or p.suffix.lower()) in suffixes)
+        records = [p for p in files if format_of(p) not in (".txt", None)]
         if not files:
             raise DataError(f"{source}: the folder holds no file that can be read ({wanted})")
         return files if ".md" in suffixes else records or files

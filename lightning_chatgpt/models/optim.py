@@ -107,11 +107,11 @@ def build_optimizer(
     learning_rate: float,
     weight_decay: float,
     matrices: Collection[str] = frozenset(),
-    fused: bool = True,
 ) -> Optimizer:
     """The optimizer of a network's trainable parameters, whose matrices decay.
 
-    AdamW's betas are (0.9, 0.95) where none are given. Source: Brown et al. 2020, appendix B.
+    Torch's fused kernels are used where the optimizer has them: one pass over a parameter in place of a dozen. AdamW's betas are
+    (0.9, 0.95) where none are given. Source: Brown et al. 2020, appendix B.
 
     Args:
         parameters: A module, or names and parameters.
@@ -119,7 +119,6 @@ def build_optimizer(
         learning_rate: The highest learning rate.
         weight_decay: What matrices decay by.
         matrices: As :func:`decay_groups` takes them.
-        fused: Whether torch's fused kernels may be used, where the optimizer has them: one pass over a parameter in place of a dozen.
 
     Raises:
         ConfigError: There is no such optimizer, it does not take these settings, or it cannot train these parameters.
@@ -138,7 +137,7 @@ def build_optimizer(
     if cls is AdamW:
         settings.setdefault("betas", (0.9, 0.95))
     is_torchs = cls.__module__.partition(".")[0] == "torch"
-    if fused and is_torchs and "fused" in _parameters(cls) and settings.keys().isdisjoint({"fused", "foreach", "differentiable"}):
+    if is_torchs and "fused" in _parameters(cls) and settings.keys().isdisjoint({"fused", "foreach", "differentiable"}):
         settings["fused"] = all(p.device.type in _FUSED_DEVICES for _, p in trained)
     groups = decay_groups(trained, weight_decay=weight_decay, matrices=matrices)
     built: Optimizer = _construct("model.optimizer", cls, groups, lr=learning_rate, **settings)

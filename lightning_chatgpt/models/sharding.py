@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from lightning_chatgpt.errors import ConfigError
 from lightning_chatgpt.models.kernels import blocks_of
 from lightning_chatgpt.models.optim import clean_name
+from lightning_chatgpt.models.step import scale_gradients
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -246,18 +247,6 @@ def whole_state(network: nn.Module, *, wrapped: nn.Module) -> dict[str, Tensor]:
 
 
 # Gradients.
-
-
-def scale_gradients(parameters: Iterable[nn.Parameter], factor: Tensor) -> None:
-    """Multiply gradients in place.
-
-    Args:
-        parameters: Sharded or not.
-        factor: The same on all devices; shape ().
-    """
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    if gradients:
-        torch._foreach_mul_([g.to_local() if isinstance(g, DTensor) else g for g in gradients], factor)
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter], *, wrapped: nn.Module | None = None) -> Tensor:

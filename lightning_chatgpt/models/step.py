@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_chatgpt.errors import ConfigError
 
@@ -94,10 +94,21 @@ class StepLoss:
             for parameter in module.parameters():
                 parameter.grad = None  # zeros would still decay weights and follow momentum
             return None
-        gradients = [p.grad for p in module.parameters() if p.grad is not None]
-        torch._foreach_mul_([g.to_local() if hasattr(g, "to_local") else g for g in gradients], factor)
+        scale_gradients(module.parameters(), factor)
         return result
 
     def _note(self, total: Tensor, weight: Tensor) -> None:
         learning_rate = self._module[0].trainer.optimizers[0].param_groups[0]["lr"]
         self.made = {"train_loss": total / weight, "learning_rate": learning_rate}
+
+
+def scale_gradients(parameters: Iterable[nn.Parameter], factor: Tensor) -> None:
+    """Multiply gradients in place.
+
+    Args:
+        parameters: Cut among devices or not.
+        factor: The same on all devices; shape ().
+    """
+    gradients: list[Any] = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if gradients:
+        torch._foreach_mul_([gradient.to_local() if hasattr(gradient, "to_local") else gradient for gradient in gradients], factor)

@@ -29,6 +29,14 @@ def test_files_folders_and_globs(tmp_path: Path) -> None:
     assert [c.id for c in read_conversations(str(tmp_path / "**" / "a.jsonl"))] == ["a.jsonl:1", "a.jsonl:4"]
 
 
+def test_a_folder_of_documents_may_hold_nothing_but_markdown(tmp_path: Path) -> None:
+    write(tmp_path / "deep" / "b.md", "second")
+    write(tmp_path / "a.MD", "first")
+    assert list(read_documents(str(tmp_path))) == ["first", "second"]
+    write(tmp_path / "c.txt", "third")
+    assert list(read_documents(str(tmp_path))) == ["first", "third", "second"]
+
+
 @pytest.mark.parametrize(
     ("source", "says"),
     [

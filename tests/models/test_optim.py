@@ -188,7 +188,6 @@ def test_what_is_asked_for_is_what_the_optimizer_has(network: GPT2LMHeadModel) -
     optimizer = build_optimizer(network, optimizer=given, learning_rate=0.5, weight_decay=0.2)
     assert optimizer.defaults["momentum"] == 0.9 and optimizer.defaults["nesterov"] is True
     assert build_optimizer(network, optimizer="Adam", learning_rate=1, weight_decay=0).defaults["betas"] == (0.9, 0.999)
-    assert not build_optimizer(network, learning_rate=1, weight_decay=0, fused=False).defaults["fused"]
 
 
 def test_a_users_own_optimizer_is_used() -> None:

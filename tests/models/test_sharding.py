@@ -32,10 +32,10 @@ from lightning_chatgpt.models.sharding import (
     gathered,
     gradient_norm,
     run,
-    scale_gradients,
     shard,
     whole_state,
 )
+from lightning_chatgpt.models.step import scale_gradients
 from tests.conftest import ARCHITECTURE, chat
 from tests.test_cli import run as run_cli
 

@@ -1,0 +1,169 @@
+"""Batches of encoded examples, as a Trainer asks for them: in which order, by which process, from where."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader
+
+from lightning_chatgpt.data.collate import collate
+from lightning_chatgpt.data.examples import ExampleDataset
+from lightning_chatgpt.data.mixture import Draws, Mixture
+from lightning_chatgpt.data.packing import pack
+from lightning_chatgpt.data.sampler import EpochSampler, ShardSampler, TrainLoader
+from lightning_chatgpt.errors import ConfigError, DataError, nearest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+class ServingDataModule(LightningDataModule):
+    """Serves the examples in ``datasets``, which a subclass fills in ``setup``.
+
+    Args:
+        batch_size: Rows in a batch, in each process.
+        max_length: Tokens of a row; null until ``setup`` knows the model's positions.
+        packing: Whether examples share rows.
+        group_by_length: Whether rows of about one length share an optimizer step.
+        mixture: How much of what an epoch reads.
+        num_workers: Processes that prepare batches; 0 does so in the main one.
+        seed: Chooses the order of training rows.
+
+    Attributes:
+        tokenizer: What encoded; known after ``setup``.
+        datasets: The examples of each part (``train``, ``validation``, ``test``), after ``setup``.
+
+    Raises:
+        ConfigError: A setting is out of range, or contradicts another.
+    """
+
+    def __init__(
+        self,
+        *,
+        batch_size: int,
+        max_length: int | None,
+        packing: bool,
+        group_by_length: bool,
+        mixture: dict[str, Any] | None,
+        num_workers: int,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        for name, value in (("batch_size", batch_size), ("max_length", max_length)):
+            if value is not None and value < 1:
+                raise ConfigError(f"data.{name} must be at least 1, not {value}")
+        if num_workers < 0:
+            raise ConfigError(f"data.num_workers must be at least 0, not {num_workers}")
+        if packing and group_by_length:
+            raise ConfigError("data.packing fills every row, so data.group_by_length has nothing to do; leave one out")
+        self.batch_size = batch_size
+        self.max_length = max_length
+        self.packing = packing
+        self.group_by_length = group_by_length
+        self.mixture = Mixture.of(mixture)
+        self.num_workers = num_workers
+        self.seed = seed
+        self.tokenizer: PreTrainedTokenizerFast | None = None
+        self.datasets: dict[str, ExampleDataset] = {}
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Shuffled batches of the training split; in an epoch that an earlier run began, those that it left."""
+        dataset = self._dataset("train")
+        return self._loader(dataset, self.train_sampler(dataset), TrainLoader, position=self._batches_done)
+
+    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
+        """Batches of the validation split, each example once over all processes; nothing if there is no such split."""
+        if "validation" in self.datasets:
+            return self._evaluation_loader("validation")
+        # Lightning asks whether that is meant; data.validation says so.
+        warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")
+        return []
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """Batches of the test split, each example once over all processes."""
+        return self._evaluation_loader("test")
+
+    def train_sampler(self, dataset: ExampleDataset) -> EpochSampler:
+        """What an epoch of training reads, in which order."""
+        ranks = self._ranks()
+        return EpochSampler(
+            dataset.lengths,
+            step_size=self.batch_size * ranks["world_size"] * (self.trainer.accumulate_grad_batches if self.trainer is not None else 1),
+            seed=self.seed,
+            draws=self._draws(dataset),
+            capacity=self.max_length if self.packing else None,
+            group_by_length=self.group_by_length,
+            **ranks,
+        )
+
+    def _draws(self, dataset: ExampleDataset) -> Draws | None:
+        if self.mixture == Mixture():
+            return None
+        groups: list[str] = []
+        known: set[str] = set()
+        for source in dataset.sources:
+            if self.mixture.label is None:
+                groups += [source.name] * len(source.rows)
+                continue
+            for text in source.table.column("labels", source.rows):
+                labels = json.loads(text) if text else {}
+                known |= labels.keys()
+                groups.append(labels.get(self.mixture.label, ""))
+        if self.mixture.label is not None and not any(groups):
+            raise ConfigError(
+                f"data.mixture.label {self.mixture.label!r} is said of no record; {nearest(self.mixture.label, sorted(known))}"
+            )
+        return Draws(
+            self.mixture,
+            lengths=dataset.lengths,
+            conversations=dataset.conversations,
+            groups=groups,
+            places=np.concatenate([source.table.places[source.rows] for source in dataset.sources]),
+            seed=self.seed,
+            capacity=self.max_length if self.packing else None,
+        )
+
+    def _dataset(self, part: str) -> ExampleDataset:
+        if part not in self.datasets:
+            raise DataError(f"data.{part} holds nothing; call setup, or name a source that is not empty")
+        return self.datasets[part]
+
+    def _ranks(self) -> dict[str, int]:
+        """Whose share of the rows is read here, and how many shares there are; processes that split a model's layers read one share."""
+        shares = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
+        return {"rank": shares["rank"], "world_size": shares["num_replicas"]} if shares else {"rank": 0, "world_size": 1}
+
+    def _check_shares(self, name: str, n_rows: int) -> None:
+        n_processes = self._ranks()["world_size"]
+        if n_rows < n_processes:
+            raise DataError(f"{name} holds {n_rows} row(s), too few for {n_processes} processes; add more, or use fewer")
+
+    def _evaluation_loader(self, part: str) -> DataLoader[Any]:
+        dataset = self._dataset(part)
+        assert self.max_length is not None
+        rows = pack(dataset.lengths, capacity=self.max_length) if self.packing else [[i] for i in range(len(dataset))]
+        self._check_shares(f"data.{part}", len(rows))
+        return self._loader(dataset, ShardSampler(rows, **self._ranks()))
+
+    def _batches_done(self) -> int:
+        return self.trainer.fit_loop.epoch_loop.batch_progress.current.ready if self.trainer is not None else 0
+
+    def _loader(
+        self, dataset: ExampleDataset, sampler: EpochSampler | ShardSampler, kind: type[DataLoader[Any]] = DataLoader, **settings: Any
+    ) -> DataLoader[Any]:
+        assert self.tokenizer is not None
+        width = self.max_length if self.packing else None
+        return kind(
+            dataset,
+            batch_size=self.batch_size,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            collate_fn=partial(collate, pad_token_id=self.tokenizer.pad_token_id, width=width),
+            **settings,
+        )

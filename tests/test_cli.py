@@ -321,6 +321,20 @@ def test_overlays_change_where_and_nothing_else(name: str, tmp_path: Path, monke
     assert "strategy" in changed and changed <= {"strategy", "accelerator", "devices"}
 
 
+def test_half_precision_with_clipping_learns_the_same(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against Lightning's refusal to clip for a fused optimizer in mixed precision."""
+    monkeypatch.chdir(finished)
+    losses = {}
+    for precision in ("32-true", "bf16-mixed", "bf16-true"):
+        settings = ["--trainer.precision", precision, "--trainer.gradient_clip_val", "0.5", "--trainer.log_every_n_steps", "1"]
+        main(["fit", "-c", "mine.yaml", *settings, "--trainer.max_epochs", "1", "--trainer.default_root_dir", f"runs/{precision}"])
+        with (finished / f"runs/{precision}/metrics.csv").open() as rows:
+            losses[precision] = [float(row["train_loss"]) for row in csv.DictReader(rows) if row["train_loss"]]
+    assert len(losses["32-true"]) == 6
+    for precision in ("bf16-mixed", "bf16-true"):
+        assert losses[precision] == pytest.approx(losses["32-true"], rel=2e-2) and losses[precision] != losses["32-true"]
+
+
 def test_a_strategy_that_cannot_be_says_so_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -225,6 +225,7 @@ def _quieten() -> None:
     """Leave out what a user can do nothing about: some warnings, an advertisement, and bars for a moment's work."""
     for message in (
         ".*does not have many workers.*",
+        ".*is not supported by the model summary.*",
         ".*Checkpoint directory .* exists and is not empty.*",
         ".*Experiment logs directory .* exists and is not empty.*",
         ".*isinstance.treespec, LeafSpec.* is deprecated.*",

@@ -331,8 +331,8 @@ def test_half_precision_with_clipping_learns_the_same(finished: Path, monkeypatc
         with (finished / f"runs/{precision}/metrics.csv").open() as rows:
             losses[precision] = [float(row["train_loss"]) for row in csv.DictReader(rows) if row["train_loss"]]
     assert len(losses["32-true"]) == 6
-    for precision in ("bf16-mixed", "bf16-true"):
-        assert losses[precision] == pytest.approx(losses["32-true"], rel=2e-2) and losses[precision] != losses["32-true"]
+    for precision, tolerance in (("bf16-mixed", 2e-2), ("bf16-true", 6e-2)):  # the second keeps its weights in three digits
+        assert losses[precision] == pytest.approx(losses["32-true"], rel=tolerance) and losses[precision] != losses["32-true"]
 
 
 def test_a_strategy_that_cannot_be_says_so_in_one_line(

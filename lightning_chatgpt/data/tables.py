@@ -48,6 +48,13 @@ class ItemRow:
     n_chars: int
 
 
+def _view(array: pa.Array, dtype: str) -> npt.NDArray[Any]:
+    """A column without nulls as numpy has it. pyarrow's own way imports pandas."""
+    if not len(array):
+        return np.empty(0, dtype)
+    return np.frombuffer(array.buffers()[1], dtype)[array.offset : array.offset + len(array)]
+
+
 class ItemTable:
     """Items of one source on disk; read in order, never all in memory.
 
@@ -63,7 +70,7 @@ class ItemTable:
     def __init__(self, path: Path) -> None:
         self.path = path
         # Copies: a view would keep the whole batch in memory, contents and all.
-        batches = [(np.array(b["place"]), np.frombuffer(b["digest"].buffers()[1], "S16").copy()) for b in self._batches("place", "digest")]
+        batches = [(_view(b["place"], "f8").copy(), _view(b["digest"], "S16").copy()) for b in self._batches("place", "digest")]
         self.places: npt.NDArray[np.float64] = np.concatenate([np.array([], np.float64), *(places for places, _ in batches)])
         self.digests: npt.NDArray[np.bytes_] = np.concatenate([np.array([], "S16"), *(digests for _, digests in batches)])
         with pa.OSFile(str(path)) as file:
@@ -130,13 +137,14 @@ class TokenTable:
         self.about = _read_about(reader)
         batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
         columns = [
-            (b["input_ids"].values.to_numpy(), b["loss_weights"].values.to_numpy(), b["input_ids"].offsets.to_numpy()) for b in batches
+            (_view(b["input_ids"].values, "i4"), _view(b["loss_weights"].values, "f4"), _view(b["input_ids"].offsets, "i4"))
+            for b in batches
         ]
         self._batches = columns
         self._starts = np.cumsum([0, *(batch.num_rows for batch in batches)])
         empty = np.array([], dtype=np.int64)
         self.lengths: Ints = np.concatenate([empty, *(np.diff(offsets) for _, _, offsets in columns)])
-        self.rows: Ints = np.concatenate([empty, *(b["row"].to_numpy() for b in batches)])
+        self.rows: Ints = np.concatenate([empty, *(_view(b["row"], "i8") for b in batches)])
 
     def __len__(self) -> int:
         return int(self._starts[-1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 from lightning_chatgpt import __version__
 from lightning_chatgpt.errors import ConfigError, UserError
@@ -47,7 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         elif verb == "--version":
             print(f"lightning-chatgpt {__version__}")
         elif verb in _TRAINER_VERBS:
-            with uncollected():
+            # Only once in a process: what an earlier run left is garbage.
+            with nullcontext() if "lightning" in sys.modules else uncollected():
                 from lightning_chatgpt.cli import run_trainer_verb
 
             run_trainer_verb(arguments)

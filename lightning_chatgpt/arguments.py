@@ -17,7 +17,7 @@ class OneLineParser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> Any:
         """Print the line that tells most, and leave."""
         said = one_line(message)
-        if unknown := re.fullmatch(r"unrecognized arguments: (--[\w.]+).*", said):
+        if unknown := re.fullmatch(r"unrecognized arguments: (--[\w.-]+).*", said):
             options = [option for option in self._option_string_actions if option.startswith("--")]
             said = f"{unknown[1]} is no option; {nearest(unknown[1], options)}"
         elif said.startswith(("unrecognized arguments:", "the following arguments are required:")):

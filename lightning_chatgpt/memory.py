@@ -35,9 +35,11 @@ def uncollected() -> Iterator[None]:
     Torch, Lightning and transformers make hundreds of thousands of objects that stay. To search them for garbage, time and again while
     they come in, takes a fifth of their imports' time.
     """
+    was_enabled = gc.isenabled()
     gc.disable()
     try:
         yield
         gc.freeze()
     finally:
-        gc.enable()
+        if was_enabled:
+            gc.enable()

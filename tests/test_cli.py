@@ -197,6 +197,7 @@ def test_chat_takes_lines_from_a_pipe(finished: Path) -> None:
         (["chat", "runs/mine", "--temperature", "-1"], "temperature must be at least 0, not -1.0"),
         (["chat", "runs/mine", "--top_k", "5"], "only matter when sampling"),
         (["chat", "runs/mine", "--promt", "Hi"], "--promt is no option; did you mean --prompt?"),
+        (["chat", "runs/mine", "--max-new-tokens", "5"], "--max-new-tokens is no option; did you mean --max_new_tokens?"),
         (["chat", "runs/mine", "--top_k", "many"], "top_k: 'many' cannot be used; it takes int"),
         (["chat"], "the following arguments are required: model; see lightning-chatgpt chat --help"),
     ],

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class HuggingFaceExport(Callback):
-    """Writes ``hf/`` in the run folder when training ends: the best checkpoint's weights, or the last where there is none.
+    """Writes ``hf/`` in the run folder when training ends: the best checkpoint's weights, or the last where there is no file of them.
 
     Args:
         dirname: The folder in the run folder.
@@ -32,7 +32,8 @@ class HuggingFaceExport(Callback):
         target = Path(trainer.default_root_dir) / self.dirname
         # A strategy that saves folders of shards has no single file to read the best from: all processes gather the current weights.
         if not trainer.strategy.broadcast(found is not None and Path(found.best_model_path).is_file()):
-            module.export(target)
+            if module.is_sharded or trainer.is_global_zero:
+                module.export(target)
         elif trainer.is_global_zero:
             assert found is not None
             score = found.best_model_score

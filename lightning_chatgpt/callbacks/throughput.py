@@ -30,6 +30,13 @@ class TokenThroughput(ThroughputMonitor):
         super().__init__(batch_size_fn=_n_rows, length_fn=_n_tokens, window_size=window_size)
         self._module_has_flops = False  # or Lightning warns that it cannot count them
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Count for the processes that read rows of their own: those that split a model's layers read the same."""
+        super().setup(trainer, pl_module, stage)
+        shares = trainer.distributed_sampler_kwargs
+        for throughput in self._throughputs.values():
+            throughput.world_size = shares["num_replicas"] if shares else 1
+
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *args: Any) -> None:
         """Count a batch and log the speed once the window is full."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, *args)

@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 class InspectTrainer(ChatTrainer):
     """A Trainer with one verb more, so that ``inspect`` takes every setting that ``fit`` takes."""
 
+    @property
+    def distributed_sampler_kwargs(self) -> None:
+        """None: one process looks at all there is, whatever the strategy."""
+
     def inspect(
         self,
         model: LightningModule,

@@ -41,7 +41,9 @@ class ExampleDataset(Dataset[list[Tokens]]):
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    def __getitem__(self, row: Sequence[int]) -> list[Tokens]:
+    def __getitem__(self, row: Sequence[int] | int) -> list[Tokens]:
+        if isinstance(row, int):  # Lightning's own sampler, with trainer.overfit_batches
+            return [self.example(row)]
         return [self.example(index) for index in row]
 
     def example(self, index: int) -> Tokens:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -132,31 +132,26 @@ class ShardSampler(DistributedSampler[Any]):
 
 
 class TrainLoader(DataLoader[Any]):
-    """Serves training batches, those of an epoch that was begun before from where it was left.
+    """Serves training batches; those of an epoch that was begun before, from where it was left.
 
-    Has no state of its own: what an epoch reads is a function of seed and epoch, and the Trainer, whose progress is in its checkpoints,
-    knows how much of it is done.
+    What an epoch reads is a function of seed and epoch, so that these two numbers tell all there is to know.
 
     Args:
-        position: How many batches of the epoch are done, as far as the Trainer knows; asked when the first batch is wanted.
+        begin: Tells the sampler's epoch and how many batches of it are done; asked with the epoch that Lightning has set, when the first
+            batch is wanted.
         *args: What a ``DataLoader`` takes.
         **kwargs: What a ``DataLoader`` takes.
     """
 
-    def __init__(self, *args: Any, position: Callable[[], int], **kwargs: Any) -> None:
+    def __init__(self, *args: Any, begin: Callable[[int], tuple[int, int]], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.position = position
+        self.begin = begin
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # a generator: Lightning asks for it before it knows epoch and position
         """The epoch's batches that are left."""
         if isinstance(self.sampler, EpochSampler):  # Lightning puts another in its place to overfit on purpose
             assert self.batch_size is not None
-            self.sampler.n_read = self.position() * self.batch_size
+            epoch, n_batches = self.begin(self.sampler.epoch)
+            self.sampler.set_epoch(epoch)
+            self.sampler.n_read = n_batches * self.batch_size
         yield from super().__iter__()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing: by this method Lightning knows that a run can go on within an epoch."""
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Do nothing; see :meth:`state_dict`."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from lightning.pytorch import LightningDataModule
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader
 
 from lightning_chatgpt.data.collate import collate
@@ -70,11 +71,15 @@ class ServingDataModule(LightningDataModule):
         self.seed = seed
         self.tokenizer: PreTrainedTokenizerFast | None = None
         self.datasets: dict[str, ExampleDataset] = {}
+        self._epoch = 0  # that is being read
+        self._left_off: dict[str, Any] | None = None
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled batches of the training split; in an epoch that an earlier run began, those that it left."""
         dataset = self._dataset("train")
-        return self._loader(dataset, self.train_sampler(dataset), TrainLoader, position=self._batches_done)
+        if self.trainer is not None:  # Lightning does not see that the loader goes on where it was
+            warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch ended")
+        return self._loader(dataset, self.train_sampler(dataset), TrainLoader, begin=self._begin_epoch)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         """Batches of the validation split, each example once over all processes; nothing if there is no such split."""
@@ -150,8 +155,33 @@ class ServingDataModule(LightningDataModule):
         self._check_shares(f"data.{part}", len(rows))
         return self._loader(dataset, ShardSampler(rows, **self._ranks()))
 
-    def _batches_done(self) -> int:
-        return self.trainer.fit_loop.epoch_loop.batch_progress.current.ready if self.trainer is not None else 0
+    def state_dict(self) -> dict[str, Any]:
+        """What a run needs to go on within an epoch. Called by Lightning."""
+        return {"epoch": self._epoch, "rows": self._rows_at_once}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Remember where a run left off. Called by Lightning."""
+        self._left_off = state_dict
+
+    @property
+    def _rows_at_once(self) -> int:
+        return int(self.batch_size * self._ranks()["world_size"])
+
+    def _begin_epoch(self, epoch: int) -> tuple[int, int]:
+        """The epoch that is really begun, or gone on with, and how many of its batches are done."""
+        left_off, self._left_off = self._left_off, None
+        n_batches = 0
+        if left_off is not None and self.trainer is not None:
+            n_batches = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        if left_off is not None and n_batches:
+            epoch = left_off["epoch"]  # Lightning takes an epoch that max_steps broke off for a whole one
+            if left_off["rows"] != self._rows_at_once:
+                rank_zero_warn(
+                    f"the epoch was begun with {left_off['rows']} rows in the batches of all processes, and goes on with "
+                    f"{self._rows_at_once}: some rows are read twice, or not at all; keep data.batch_size times the processes"
+                )
+        self._epoch = epoch
+        return epoch, n_batches
 
     def _loader(
         self, dataset: ExampleDataset, sampler: EpochSampler | ShardSampler, kind: type[DataLoader[Any]] = DataLoader, **settings: Any

@@ -201,10 +201,17 @@ class CausalLMModule(ShardableModule):
 
     def configure_model(self) -> None:
         """Build the network, once the Trainer's data module has its tokenizer. Called by Lightning."""
-        if self.is_built or self._trainer is None:
-            return  # without a Trainer this is load_from_checkpoint, which brings its own in on_load_checkpoint
+        if self._trainer is None:
+            return  # this is load_from_checkpoint, which brings its own in on_load_checkpoint
         StepLoss.check(self.trainer.strategy)
+        if self.is_built:
+            self.shard()
+            return
         checkpoint = self._checkpoint_to_come()
+        if checkpoint is not None and self.device_mesh is not None and build.holds_adapter_only(checkpoint):
+            raise ConfigError(
+                "a sharded network cannot be filled from an adapter alone; train it with model.lora.save_base true, or use strategy ddp"
+            )
         if checkpoint is not None:
             self._build_from_checkpoint(checkpoint)
             return
@@ -292,6 +299,7 @@ class CausalLMModule(ShardableModule):
         Returns: what is to be back-propagated: its share of the optimizer step's loss, up to a factor that :meth:`optimizer_step` sets
         right when all shares are known.
         """
+        self.check_gathered(False)
         return self.step_loss.add(self.score(batch))
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None) -> None:
@@ -313,6 +321,7 @@ class CausalLMModule(ShardableModule):
         self._evaluation_step(batch, "test")
 
     def _evaluation_step(self, batch: Batch, stage: Stage) -> None:
+        self.check_gathered(True)
         losses = self.score(batch)
         metrics: Any = self.metrics[stage]
         for name, metric in metrics.items():
@@ -331,6 +340,7 @@ class CausalLMModule(ShardableModule):
         Returns: for each conversation its id, prompt messages, reply, reference, token counts and finish reason.
         """
         assert self.tokenizer is not None
+        self.check_gathered(True)
         replies = generate_replies(self.network, self.tokenizer, batch["prompt_ids"], max_new_tokens=batch["max_new_tokens"])
         return [
             {

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
+from lightning_chatgpt.errors import ConfigError
+
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.optim import Optimizer
@@ -29,6 +31,7 @@ class ShardableModule(LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self._evaluation = ExitStack()
+        self._is_gathered = False
 
     # What is cut brings imports of its own, which take their time: they wait until they are needed.
 
@@ -38,11 +41,12 @@ class ShardableModule(LightningModule):
         return self._trainer is not None and isinstance(self.trainer.strategy, ModelParallelStrategy | FSDPStrategy | DeepSpeedStrategy)
 
     def shard(self) -> None:
-        """Cut the network, where that is the module's own affair (FSDP2): once it is built, and before there is an optimizer."""
+        """Cut the network, where that is the module's own affair (FSDP2), and unless it is cut already."""
         if self.device_mesh is not None:
-            from lightning_chatgpt.models.sharding import shard
+            from lightning_chatgpt.models.sharding import is_cut, shard
 
-            shard(self.network, self.device_mesh)
+            if not is_cut(self.network):
+                shard(self.network, self.device_mesh)
 
     def run(self, function: Callable[..., Result], *arguments: Any) -> Result:
         """Call ``function(network, *arguments)``, which may use parameters outside the network's own forward."""
@@ -75,7 +79,7 @@ class ShardableModule(LightningModule):
     ) -> None:
         """Clip the gradients, cut among devices or not. Called by Lightning."""
         is_cut = isinstance(self.trainer.strategy, ModelParallelStrategy | FSDPStrategy)  # DeepSpeed's engine clips by itself
-        if not is_cut or gradient_clip_val is None or gradient_clip_algorithm == "value":
+        if not is_cut or not gradient_clip_val or gradient_clip_algorithm == "value":
             super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
             return
         from lightning_chatgpt.models.sharding import clip_gradients
@@ -85,10 +89,22 @@ class ShardableModule(LightningModule):
     def on_validation_epoch_start(self) -> None:
         """Hold a sharded network whole: processes may have other numbers of batches. Called by Lightning."""
         self._evaluation.enter_context(self.gathered())
+        self._is_gathered = True
 
     def on_validation_epoch_end(self) -> None:
         """Cut it again. Called by Lightning."""
         self._evaluation.close()
+        self._is_gathered = False
 
     on_test_epoch_start = on_predict_epoch_start = on_validation_epoch_start
     on_test_epoch_end = on_predict_epoch_end = on_validation_epoch_end
+
+    def check_gathered(self, expected: bool) -> None:
+        """Make sure that a sharded network is whole where it is to be, and nowhere else.
+
+        Raises:
+            ConfigError: A subclass has kept the hooks above from being called, and processes would wait for each other for ever.
+        """
+        if self.is_sharded and self._is_gathered is not expected:
+            name = type(self).__name__
+            raise ConfigError(f"{name} overrides an on_…_epoch_start or on_…_epoch_end of evaluation; call super()'s in there, too")

@@ -64,6 +64,11 @@ def shard(network: PreTrainedModel, device_mesh: DeviceMesh) -> None:
     register_fsdp_forward_method(network, "_run")
 
 
+def is_cut(network: nn.Module) -> bool:
+    """Whether :func:`shard` has been here."""
+    return isinstance(network, FSDPModule)
+
+
 def run(network: PreTrainedModel, function: Callable[..., Result], *arguments: Any) -> Result:
     """Call ``function(network, *arguments)`` as if it were the network's forward.
 

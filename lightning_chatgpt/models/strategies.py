@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -17,6 +18,7 @@ from lightning_chatgpt.errors import ConfigError
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
+    from torch.optim import Optimizer
 
 
 class ShardedStrategy(ModelParallelStrategy):
@@ -30,7 +32,7 @@ class ShardedStrategy(ModelParallelStrategy):
             them in one node.
 
     Raises:
-        ConfigError: The size does not divide the number of devices.
+        ConfigError: The size does not divide the number of devices, or their processes would draw other random numbers.
     """
 
     def __init__(self, tensor_parallel_size: int = 1) -> None:
@@ -41,6 +43,8 @@ class ShardedStrategy(ModelParallelStrategy):
         n_devices, size = self.num_nodes * self.num_processes, int(self._tensor_parallel_size)
         if size < 1 or n_devices % size:
             raise ConfigError(f"tensor_parallel_size {size} does not divide the {n_devices} devices; take one that does")
+        if size > 1 and "PL_GLOBAL_SEED" not in os.environ:
+            raise ConfigError(f"tensor_parallel_size {size} needs one seed in all processes, for weights and dropout; set seed_everything")
         self._data_parallel_size = n_devices // size  # Lightning's "auto" is the number of nodes
         super().setup_environment()
 
@@ -48,12 +52,15 @@ class ShardedStrategy(ModelParallelStrategy):
         """Move the module's shards to their devices.
 
         Raises:
-            ConfigError: The module has not cut its network, whose copies would part.
+            ConfigError: The module has parameters that are not cut, whose copies would part.
         """
         assert self.model is not None
         if not any(isinstance(part, FSDPModule) for part in self.model.modules()):
             name = type(self.lightning_module).__name__
             raise ConfigError(f"{name}.configure_model leaves the network whole; call super().configure_model(), or models.sharding.shard")
+        whole = [name for name, p in self.model.named_parameters() if p.requires_grad and not isinstance(p, DTensor)]
+        if whole:
+            raise ConfigError(f"{whole[0]} is trained and not cut with the network: its copies would part; freeze it, or take strategy ddp")
         super().setup(trainer)
 
     @property
@@ -107,6 +114,10 @@ class ZeroStrategy(DeepSpeedStrategy):
         if str(self.precision_plugin.precision).startswith("16"):
             raise ConfigError(f"trainer.precision {self.precision_plugin.precision} and ZeroStrategy exclude each other; take bf16-mixed")
         super().setup(trainer)
+
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        """Back-propagate. Lightning has divided the loss by the step's micro-batches; the engine is not to do so once more."""
+        return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
     @property
     def is_last_of_step(self) -> bool:

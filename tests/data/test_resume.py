@@ -65,3 +65,38 @@ def test_each_row_of_an_epoch_is_read_once(kind: str, settings: dict[str, Any], 
             n_done = epoch * n_batches + min(2 * step, n_batches)
             after = fit(tmp_path / "steps" / f"step={epoch * n_steps + step}.ckpt")
             assert after == whole[n_done:], f"after step {step} of epoch {epoch}"
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using .ckpt_path")
+def test_a_run_that_max_steps_broke_off_reads_the_rest_of_its_epoch(make_data: Callable[..., Any], tmp_path: Path) -> None:
+    """Guards against Lightning's taking an epoch that was broken off for a whole one, and reading the next one from the middle."""
+
+    def fit(max_steps: int, ckpt_path: Path | None = None, **settings: Any) -> list[Any]:
+        reading = Reading()
+        run = trainer(tmp_path, max_steps=max_steps, max_epochs=-1, callbacks=[reading], log_every_n_steps=1)
+        run.fit(CausalLMModule(architecture=ARCHITECTURE), datamodule=make_data("chat", **settings), ckpt_path=ckpt_path)
+        run.save_checkpoint(tmp_path / "stopped.ckpt")
+        return reading.batches
+
+    whole = fit(6)
+    first = fit(4)
+    assert first + fit(6, tmp_path / "stopped.ckpt") == whole
+    fit(4)
+    with pytest.warns(UserWarning, match="begun with 4 rows in the batches of all processes, and goes on with 2"):
+        fit(6, tmp_path / "stopped.ckpt", batch_size=2)
+
+
+def test_a_loader_is_whole_again_after_a_fit(make_data: Callable[..., Any], tmp_path: Path) -> None:
+    """Guards against a loader that takes the progress of a run that is over for its own."""
+    data = make_data("chat")
+    trainer(tmp_path, max_epochs=1, log_every_n_steps=1).fit(CausalLMModule(architecture=ARCHITECTURE), datamodule=data)
+    n_rows = sum(len(batch["input_ids"]) for batch in data.train_dataloader())
+    assert n_rows == 22
+
+
+@pytest.mark.filterwarnings("ignore:You requested to overfit", "ignore:.*overfit_batches")
+def test_batches_are_overfitted_on_purpose(make_data: Callable[..., Any], tmp_path: Path) -> None:
+    reading = Reading()
+    run = trainer(tmp_path, max_epochs=3, overfit_batches=1, callbacks=[reading], log_every_n_steps=1)
+    run.fit(CausalLMModule(architecture=ARCHITECTURE), datamodule=make_data("chat"))
+    assert len(reading.batches) == 3 and reading.batches[0] == reading.batches[1] == reading.batches[2]

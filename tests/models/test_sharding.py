@@ -8,6 +8,8 @@ from __future__ import annotations
 import csv
 import json
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -285,11 +287,77 @@ def test_processes_with_fewer_conversations_hold_up_none(project: Path) -> None:
     assert len(said) == 5
 
 
+def test_no_clipping_is_no_clipping(project: Path) -> None:
+    """Guards against a clip value of 0 that scales sharded gradients to nothing."""
+    for name, where in (("one-free", ONE), ("two-free", TWO)):
+        settings = ["--trainer.gradient_clip_val", "0", "--trainer.max_epochs", "1", "--checkpoint.save_top_k", "0"]
+        run_cli("fit", "-c", "run.yaml", *where, *in_folder(name), *settings, cwd=project)
+    one = column(project, "one-free", "train_loss")
+    assert column(project, "two-free", "train_loss") == pytest.approx(one, rel=1e-5) and one[-1] < one[0] - 0.1
+
+
+OWN = """
+from lightning.pytorch import Trainer
+from torch import nn
+from lightning_chatgpt import CausalLMModule, ChatDataModule, ShardedStrategy
+
+
+class Careless(CausalLMModule):
+    def on_validation_epoch_start(self):
+        pass
+
+
+class WithHead(CausalLMModule):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.value_head = nn.Linear(32, 1)
+
+
+if __name__ == "__main__":
+    module = CausalLMModule.load_from_checkpoint("runs/one/checkpoints/last.ckpt")
+    strategy = ShardedStrategy()
+    trainer = Trainer(strategy=strategy, devices=2, accelerator="cpu", max_steps=2, logger=False, enable_checkpointing=False)
+    trainer.fit(module, ChatDataModule(train="train.jsonl", validation="five.jsonl", max_leak=None, batch_size=2))
+    print("learnt", trainer.global_step, float(trainer.callback_metrics["train_loss"]) < 3)
+"""
+
+
+def test_a_module_from_a_checkpoint_is_cut_too(project: Path) -> None:
+    (project / "own.py").write_text(OWN)
+    done = subprocess.run([sys.executable, "own.py"], cwd=project, capture_output=True, text=True, check=True, timeout=300)
+    assert "learnt 2 True" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("Careless", "Careless overrides an on_…_epoch_start or on_…_epoch_end of evaluation; call super()'s in there, too"),
+        ("WithHead", "value_head.weight is trained and not cut with the network"),
+    ],
+)
+def test_a_subclass_that_would_hang_or_part_is_refused(name: str, says: str, project: Path) -> None:
+    (project / "own.py").write_text(OWN)
+    done = run_cli("fit", "-c", "run.yaml", *TWO, *in_folder(name), "--model", f"own.{name}", cwd=project, code=2)
+    assert says in done.stderr
+
+
+def test_one_process_inspects_for_all(project: Path) -> None:
+    run_cli("inspect", "-c", "run.yaml", *TWO, cwd=project)
+
+
 def test_a_module_that_cuts_nothing_is_refused() -> None:
     strategy = ShardedStrategy()
     strategy.model = CausalLMModule(architecture=ARCHITECTURE)
     with pytest.raises(ConfigError, match="configure_model leaves the network whole"):
         strategy.setup(Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False))
+
+
+def test_devices_that_share_layers_need_a_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+    strategy = ShardedStrategy(tensor_parallel_size=2)
+    strategy.parallel_devices = [torch.device("cpu")] * 2
+    with pytest.raises(ConfigError, match="tensor_parallel_size 2 needs one seed in all processes"):
+        strategy.setup_environment()
 
 
 def test_devices_that_make_no_mesh_are_refused() -> None:

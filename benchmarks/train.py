@@ -28,7 +28,8 @@ nothing. The peak is that of multiplying square matrices, measured before each t
 Start is the time from the parent's call to the end of the first optimizer step: cold with an empty cache, warm with the cache that the
 cold start left. Peak memory is the process's resident size (on a GPU: what torch allocated there) up to the last step, with a warm cache.
 
-Needs the extra ``corpora``, and TRL (``pip install -c constraints.txt -e '.[corpora]' trl``). Nothing is fetched. Tables are Markdown, for a page of results.
+Needs the extra ``corpora``, and TRL (``pip install -c constraints.txt -e '.[corpora]' trl``). Nothing is fetched. Tables are Markdown, for
+a page of results.
 """
 
 from __future__ import annotations

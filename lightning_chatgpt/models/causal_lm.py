@@ -303,9 +303,11 @@ class CausalLMModule(ShardableModule):
         return self.step_loss.add(self.score(batch))
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None) -> None:
-        """Make the gradients those of the mean over the whole step's supervised tokens, then clip and step. Called by Lightning."""
+        """Make the gradients those of the mean over the whole step's supervised tokens, clip, step, and free them. Called by Lightning."""
         assert optimizer_closure is not None
         super().optimizer_step(epoch, batch_idx, optimizer, partial(self.step_loss.closure, optimizer_closure))
+        if not self.trainer.strategy.handles_gradient_accumulation:
+            optimizer.zero_grad()  # Lightning keeps them through the next forward pass, where memory is at its peak
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log ``train_loss``, in nats, and the learning rate of the optimizer step that was just made."""

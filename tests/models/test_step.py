@@ -120,6 +120,30 @@ def test_float16_does_not_overflow(plain_gpt2: Path) -> None:
     assert (gradients[1] - gradients[0]).norm() < 0.02 * gradients[0].norm()
 
 
+class Held(Callback):
+    """Keeps how many parameters have gradients when a micro-batch begins, and when the optimizer is about to step."""
+
+    def __init__(self) -> None:
+        self.before_batch: list[int] = []
+        self.before_step: list[int] = []
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.before_batch.append(sum(p.grad is not None for p in pl_module.parameters()))
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        self.before_step.append(sum(p.grad is not None for p in pl_module.parameters()))
+
+
+def test_gradients_are_freed_when_they_were_used(plain_gpt2: Path, tmp_path: Path) -> None:
+    """Guards against a copy of the network's size that is held while the next batch is at its largest."""
+    held = Held()
+    module = CausalLMModule(pretrained=str(plain_gpt2))
+    run = trainer(tmp_path, max_epochs=1, accumulate_grad_batches=2, callbacks=[held])
+    run.fit(module, DataLoader([batch(3, seed=i) for i in range(4)], batch_size=None))
+    n = len(list(module.parameters()))
+    assert held.before_batch == [0, n, 0, n] and held.before_step == [n, n]
+
+
 class HiddenGradients(SingleDeviceStrategy):
     """Accumulates by itself, as Lightning's DeepSpeed does, and tells nothing of it."""
 

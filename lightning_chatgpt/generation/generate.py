@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
+from torch.compiler import set_stance
 
 from lightning_chatgpt.chat.tokenizer import stop_token_ids
 from lightning_chatgpt.errors import ConfigError
@@ -80,18 +81,19 @@ def generate_replies(
     stop_ids = stop_token_ids(tokenizer)
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p} if temperature > 0 else {}
     generate: Any = network.generate
-    generated = generate(
-        input_ids=torch.tensor(rows, device=device),
-        attention_mask=torch.tensor(mask, device=device),
-        generation_config=GenerationConfig(
-            do_sample=temperature > 0,
-            max_new_tokens=min(max_new_tokens, room),
-            eos_token_id=stop_ids,
-            pad_token_id=pad_id,
-            **sampling,
-        ),
-        streamer=streamer,
-    )
+    with set_stance("force_eager"):  # blocks compiled for training would be compiled anew for every length of a reply
+        generated = generate(
+            input_ids=torch.tensor(rows, device=device),
+            attention_mask=torch.tensor(mask, device=device),
+            generation_config=GenerationConfig(
+                do_sample=temperature > 0,
+                max_new_tokens=min(max_new_tokens, room),
+                eos_token_id=stop_ids,
+                pad_token_id=pad_id,
+                **sampling,
+            ),
+            streamer=streamer,
+        )
     return [_to_reply(row, tokenizer, stop_ids) for row in generated[:, longest:].tolist()]
 
 

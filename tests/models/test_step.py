@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shutil import which
 from typing import Any, ClassVar
 
 import numpy as np
@@ -12,7 +13,7 @@ from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.utils.data import DataLoader
 
-from lightning_chatgpt import CausalLMModule
+from lightning_chatgpt import CausalLMModule, SampleGeneration
 from lightning_chatgpt.data.collate import Batch, collate
 from lightning_chatgpt.errors import ConfigError
 from lightning_chatgpt.models.loss import token_losses
@@ -157,3 +158,26 @@ def test_a_strategy_that_hides_its_gradients_is_refused(plain_gpt2: Path, tmp_pa
     run = trainer(tmp_path, max_epochs=1, strategy=HiddenGradients())
     with pytest.raises(ConfigError, match="HiddenGradients hides its gradients; take ZeroStrategy"):
         run.fit(CausalLMModule(pretrained=str(plain_gpt2)), DataLoader([batch(1)], batch_size=None))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of torch.compile about itself
+@pytest.mark.skipif(which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled_blocks_are_compiled_once_and_learn_the_same(plain_gpt2: Path, tmp_path: Path) -> None:
+    """Guards against a compilation for every length of a sample's reply."""
+    from torch._dynamo.utils import counters
+
+    def losses(*, compile: bool) -> list[float]:
+        seed_everything(0)
+        module = CausalLMModule(pretrained=str(plain_gpt2), architecture=NO_DROPOUT, compile=compile, learning_rate=1e-2)
+        samples = SampleGeneration(prompts=["Hello"], every_n_steps=1, max_new_tokens=8)
+        weights = Weights()
+        run = trainer(tmp_path, max_epochs=1, callbacks=[weights, samples])
+        run.fit(module, DataLoader([batch(3, seed=i) for i in range(3)], batch_size=None))
+        return weights.losses
+
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = losses(compile=True)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert compiled == pytest.approx(losses(compile=False), rel=1e-5) and len(compiled) == 3

@@ -77,8 +77,6 @@ class ServingDataModule(LightningDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled batches of the training split; in an epoch that an earlier run began, those that it left."""
         dataset = self._dataset("train")
-        if self.trainer is not None:  # Lightning does not see that the loader goes on where it was
-            warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch ended")
         return self._loader(dataset, self.train_sampler(dataset), TrainLoader, begin=self._begin_epoch)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
@@ -162,6 +160,8 @@ class ServingDataModule(LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Remember where a run left off. Called by Lightning."""
         self._left_off = state_dict
+        # Lightning does not see that the loader goes on where it was; where a checkpoint knows nothing of that, its warning is right.
+        warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch ended")
 
     @property
     def _rows_at_once(self) -> int:
@@ -170,18 +170,18 @@ class ServingDataModule(LightningDataModule):
     def _begin_epoch(self, epoch: int) -> tuple[int, int]:
         """The epoch that is really begun, or gone on with, and how many of its batches are done."""
         left_off, self._left_off = self._left_off, None
-        n_batches = 0
-        if left_off is not None and self.trainer is not None:
-            n_batches = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        if left_off is not None and n_batches:
-            epoch = left_off["epoch"]  # Lightning takes an epoch that max_steps broke off for a whole one
+        self._epoch = epoch
+        if left_off is None or self.trainer is None:
+            return epoch, 0
+        n_batches = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        if n_batches:
+            self._epoch = left_off["epoch"]  # Lightning takes an epoch that max_steps broke off for a whole one
             if left_off["rows"] != self._rows_at_once:
                 rank_zero_warn(
                     f"the epoch was begun with {left_off['rows']} rows in the batches of all processes, and goes on with "
                     f"{self._rows_at_once}: some rows are read twice, or not at all; keep data.batch_size times the processes"
                 )
-        self._epoch = epoch
-        return epoch, n_batches
+        return self._epoch, n_batches
 
     def _loader(
         self, dataset: ExampleDataset, sampler: EpochSampler | ShardSampler, kind: type[DataLoader[Any]] = DataLoader, **settings: Any

@@ -342,7 +342,8 @@ def test_a_subclass_that_would_hang_or_part_is_refused(name: str, says: str, pro
 
 
 def test_one_process_inspects_for_all(project: Path) -> None:
-    run_cli("inspect", "-c", "run.yaml", *TWO, cwd=project)
+    done = run_cli("inspect", "-c", "run.yaml", *TWO, cwd=project)
+    assert "train.jsonl" in done.stdout
 
 
 def test_a_module_that_cuts_nothing_is_refused() -> None:

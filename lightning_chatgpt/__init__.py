@@ -13,9 +13,11 @@ if TYPE_CHECKING:
     from lightning_chatgpt.callbacks.checkpoint import RunCheckpoint
     from lightning_chatgpt.callbacks.export import HuggingFaceExport
     from lightning_chatgpt.callbacks.predictions import PredictionWriter
+    from lightning_chatgpt.callbacks.resume import ExactResume
     from lightning_chatgpt.callbacks.samples import SampleGeneration
     from lightning_chatgpt.callbacks.throughput import TokenThroughput
     from lightning_chatgpt.chat.conversation import Conversation, Message
+    from lightning_chatgpt.checkpoints.plugin import DurableCheckpointIO
     from lightning_chatgpt.cli import ChatCLI
     from lightning_chatgpt.data.chat import ChatDataModule
     from lightning_chatgpt.data.text import TextDataModule
@@ -36,6 +38,8 @@ _ROOMS = {
     "ChatCLI": "cli",
     "ChatDataModule": "data.chat",
     "Conversation": "chat.conversation",
+    "DurableCheckpointIO": "checkpoints.plugin",
+    "ExactResume": "callbacks.resume",
     "HuggingFaceExport": "callbacks.export",
     "Message": "chat.conversation",
     "Perplexity": "metrics.perplexity",
@@ -57,6 +61,8 @@ __all__ = [
     "ChatCLI",
     "ChatDataModule",
     "Conversation",
+    "DurableCheckpointIO",
+    "ExactResume",
     "HuggingFaceExport",
     "Message",
     "Perplexity",

@@ -14,22 +14,28 @@ from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning_utilities.core.rank_zero import rank_zero_only, rank_zero_warn
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins import CheckpointIO
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 from transformers.utils import logging as transformers_logging
 
 from lightning_chatgpt.arguments import OneLineParser, union_reason
 from lightning_chatgpt.callbacks.checkpoint import RunCheckpoint
 from lightning_chatgpt.callbacks.export import HuggingFaceExport
 from lightning_chatgpt.callbacks.predictions import PredictionWriter
+from lightning_chatgpt.callbacks.records import MetricsFile
+from lightning_chatgpt.callbacks.resume import ExactResume
 from lightning_chatgpt.callbacks.samples import SampleGeneration
+from lightning_chatgpt.callbacks.stopping import GracefulStop, ProcessWatch
 from lightning_chatgpt.callbacks.throughput import TokenThroughput
+from lightning_chatgpt.checkpoints.file import check_checkpoint, read_plain
+from lightning_chatgpt.checkpoints.folder import best_checkpoint, newest_checkpoint
+from lightning_chatgpt.checkpoints.plugin import DurableCheckpointIO
 from lightning_chatgpt.commands.inspect import InspectTrainer
 from lightning_chatgpt.configuration import check_keys, resolve_arguments
 from lightning_chatgpt.data.chat import ChatDataModule
 from lightning_chatgpt.errors import ConfigError, UserError
 from lightning_chatgpt.memory import keep_freed_memory
-from lightning_chatgpt.models.build import read_checkpoint
 from lightning_chatgpt.models.causal_lm import CausalLMModule
 from lightning_chatgpt.precision import ChatTrainer
 
@@ -38,6 +44,7 @@ _RUN_FILES = (
     "metrics.csv",
     "metrics.*.csv",
     "samples.jsonl",
+    "samples.*.jsonl",
     "predictions.jsonl",
     "checkpoints",
     "hf",
@@ -98,7 +105,11 @@ class ChatCLI(LightningCLI):
             subclass_mode_data=True,
             save_config_callback=RunFolder if self.arguments[:1] == ["fit"] else None,
             trainer_class=InspectTrainer if self.arguments[:1] == ["inspect"] else ChatTrainer,
-            trainer_defaults={"default_root_dir": "runs/default", "use_distributed_sampler": False},
+            trainer_defaults={
+                "default_root_dir": "runs/default",
+                "use_distributed_sampler": False,
+                "callbacks": [GracefulStop(), ProcessWatch()],
+            },
             seed_everything_default=0,
             parser_class=ChatArgumentParser,
             auto_configure_optimizers=False,
@@ -114,6 +125,7 @@ class ChatCLI(LightningCLI):
         """Add the callback groups and our defaults."""
         for cls, name in (
             (RunCheckpoint, "checkpoint"),
+            (ExactResume, "resume"),
             (SampleGeneration, "samples"),
             (PredictionWriter, "predictions"),
             (HuggingFaceExport, "export"),
@@ -153,9 +165,13 @@ class ChatCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Find the checkpoint, and refuse a run folder that holds a run, before anything else is done."""
         config = self.config[self.subcommand]
+        asked = config["ckpt_path"]
         folder = Path(config["trainer"]["default_root_dir"])
+        if config.get("weights_only") is False:
+            raise ConfigError("weights_only false would let a checkpoint run code; checkpoints here are plain data: leave it out")
         if config["ckpt_path"] is not None:
-            config["ckpt_path"] = str(_find_checkpoint(config["ckpt_path"], folder))
+            found = _find_checkpoint(config["ckpt_path"], folder)
+            config["ckpt_path"] = str(found) if found is not None else None
         taken = [path for path in _run_files(folder) if path.name == "config.yaml" or path.suffix == ".ckpt"]
         if config.get("overwrite") and config["ckpt_path"] is not None:
             raise ConfigError("overwrite and ckpt_path exclude each other: a run is removed or gone on with; leave one out")
@@ -163,14 +179,11 @@ class ChatCLI(LightningCLI):
             rank_zero_warn(f"{self.subcommand} takes the model before training; for what {folder} learnt add --ckpt_path best")
         if self.subcommand != "fit" or not taken or config["overwrite"] or getattr(rank_zero_only, "rank", 0):
             return
-        if config["ckpt_path"] is None:
+        if config["ckpt_path"] is None and asked != "auto":
             raise ConfigError(
                 f"{folder} holds an earlier run ({taken[0].name}); go on with it by --ckpt_path last, "
                 "remove it by --overwrite true, or name another trainer.default_root_dir"
             )
-        if (folder / "metrics.csv").is_file():  # Lightning's logger would begin it anew
-            n_earlier = len(list(folder.glob("metrics.*.csv")))
-            (folder / "metrics.csv").rename(folder / f"metrics.{n_earlier + 1}.csv")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add the run folder's loggers."""
@@ -178,10 +191,11 @@ class ChatCLI(LightningCLI):
         folder = config["default_root_dir"]
         if config["logger"] in (None, True):
             # Other verbs than fit would write over the run's own curves.
-            kwargs["logger"] = [
-                CSVLogger(folder, name="", version=""),
-                TensorBoardLogger(folder, name="tensorboard", version=""),
-            ] if self.subcommand == "fit" else False  # fmt: skip
+            kwargs["logger"] = self._loggers(folder) if self.subcommand == "fit" else False
+        plugins = config["plugins"] or []
+        kwargs["plugins"] = plugins = [*plugins] if isinstance(plugins, list) else [plugins]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            plugins.append(DurableCheckpointIO())
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except ValueError as error:
@@ -190,6 +204,13 @@ class ChatCLI(LightningCLI):
         settings = self.config_init[self.subcommand]
         trainer.ckpt_path, settings["ckpt_path"] = settings["ckpt_path"], None
         return trainer
+
+    def _loggers(self, folder: str) -> list[Any]:
+        path = self.config_init[self.subcommand]["ckpt_path"]
+        # What was drawn after the checkpoint is drawn again.
+        saved = read_plain(path).get("callbacks", {}).get("ExactResume") if path is not None else None
+        purged = {"purge_step": saved["n_steps"]} if saved is not None else {}
+        return [MetricsFile(folder), TensorBoardLogger(folder, name="tensorboard", version="", **purged)]
 
 
 def run_trainer_verb(arguments: Sequence[str]) -> None:
@@ -236,20 +257,26 @@ def _quieten() -> None:
     transformers_logging.disable_progress_bar()
 
 
-def _find_checkpoint(name: str, folder: Path) -> Path:
-    """The checkpoint file; ``last`` and ``best`` are looked for in the run folder."""
+def _find_checkpoint(name: str, folder: Path) -> Path | None:
+    """The checkpoint file; ``last`` and ``best`` are looked for in the run folder, and so is ``auto``, which may be none."""
     checkpoints = folder / "checkpoints"
-    if name == "last":
-        path = checkpoints / "last.ckpt"
-    elif name == "best":
-        states = read_checkpoint(checkpoints / "last.ckpt")["callbacks"].values()
-        paths = [state["best_model_path"] for state in states if state.get("best_model_path")]
-        path = checkpoints / (Path(paths[0]).name if paths else "last.ckpt")  # the run folder may have been moved
-    else:
-        path = Path(name)
-    if not path.is_file():
-        raise ConfigError(f"ckpt_path {name}: there is no {path}; name a .ckpt file, or leave it out to start anew")
-    return path
+    if "://" in name:
+        raise ConfigError(f"ckpt_path {name}: checkpoints are read from files only; download it, and name the file")
+    if name in ("last", "auto", "best"):
+        found = best_checkpoint(checkpoints) if name == "best" else newest_checkpoint(checkpoints)
+        if found is None and name == "auto":
+            rank_zero_info(f"ckpt_path auto: there is no checkpoint in {checkpoints}; starting anew")
+        elif found is None:
+            raise ConfigError(
+                f"ckpt_path {name}: there is no whole checkpoint in {checkpoints}; name a .ckpt file, or leave it out to start anew"
+            )
+        elif name != "best":
+            rank_zero_info(f"ckpt_path {name}: going on from {found}")
+        return found
+    if not Path(name).is_file():
+        raise ConfigError(f"ckpt_path {name}: there is no {name}; name a .ckpt file, or leave it out to start anew")
+    check_checkpoint(name)
+    return Path(name)
 
 
 def _run_files(folder: Path) -> list[Path]:

@@ -24,6 +24,12 @@ class ModelError(UserError):
     """A model, a tokenizer or a checkpoint cannot be found or does not fit."""
 
 
+class SaveError(UserError):
+    """Something could not be written; the command line leaves with 1, as what the user gave was right."""
+
+    exit_code = 1
+
+
 class ConfigError(UserError):
     """A setting is unknown, out of range, or contradicts another."""
 

@@ -13,6 +13,8 @@ PACKAGE = Path(__file__).parent.parent / "lightning_chatgpt"
 FLOORS = {
     "errors": 0,
     "arguments": 1,
+    "processes": 1,
+    "checkpoints": 2,
     "hub": 1,
     "memory": 1,
     "precision": 1,

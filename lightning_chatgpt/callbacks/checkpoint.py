@@ -2,25 +2,40 @@
 
 from __future__ import annotations
 
+import shutil
+import time
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from lightning_chatgpt.callbacks.agreement import any_process
+from lightning_chatgpt.checkpoints.folder import remove_parts
+from lightning_chatgpt.errors import ConfigError, SaveError
+
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
+_GIB = 2**30
+
 
 class RunCheckpoint(ModelCheckpoint):
-    """Lightning's ModelCheckpoint, with ``last.ckpt`` written when training ends, wherever in an epoch that is.
+    """Lightning's ModelCheckpoint, with ``last.ckpt`` written at every validation, at times between, and when training ends.
 
     Without a validation split there is nothing to compare by: the latest weights are kept in place of the best.
 
     Args:
         monitor: The logged number that tells the best.
         filename: Names the files of the best.
-        save_last: Whether ``last.ckpt`` is written along with them.
-        **kwargs: The other settings of Lightning's ModelCheckpoint, such as save_top_k, mode and every_n_train_steps.
+        save_last: Whether ``last.ckpt`` is written.
+        every_n_train_steps: Optimizer steps after which ``last.ckpt`` is written too; null for validations and times only.
+        train_time_interval: Time after which it is, as hours:minutes:seconds; null for validations and steps only.
+        **kwargs: The other settings of Lightning's ModelCheckpoint, such as save_top_k, mode and every_n_epochs.
+
+    Raises:
+        ConfigError: A setting is out of range.
+        SaveError: A checkpoint could not be written, or there is no room for what the run will write.
     """
 
     def __init__(
@@ -28,18 +43,55 @@ class RunCheckpoint(ModelCheckpoint):
         monitor: str | None = "val_loss",
         filename: str | None = "{epoch}-{step}-{val_loss:.3f}",
         save_last: bool | None = True,
+        every_n_train_steps: int | None = None,
+        train_time_interval: timedelta | None = timedelta(minutes=15),
         **kwargs: Any,
     ) -> None:
+        if every_n_train_steps is not None and every_n_train_steps < 1:
+            raise ConfigError(f"checkpoint.every_n_train_steps must be at least 1, not {every_n_train_steps}")
+        if train_time_interval is not None and train_time_interval <= timedelta():
+            raise ConfigError(f"checkpoint.train_time_interval must be more than no time, not {train_time_interval}")
+        # Lightning would save within the hooks of a batch, before what is logged of it.
         super().__init__(monitor=monitor, filename=filename, save_last=save_last, **kwargs)
+        self.steps_between = every_n_train_steps
+        self.time_between = train_time_interval
+        self._last_time = 0.0
+        self._was_there = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find the folder; drop a monitor that nothing will be logged for."""
+        """Find the folder; drop a monitor that nothing will be logged for.
+
+        Raises:
+            ConfigError: ``save_on_exception`` with several processes, of which one alone may fail.
+            SaveError: The folder cannot be made.
+        """
+        if self.save_on_exception and trainer.world_size > 1:
+            raise ConfigError("checkpoint.save_on_exception waits for ever where one of several processes fails; leave it out")
         datasets = getattr(getattr(trainer, "datamodule", None), "datasets", {})
         if self.monitor == "val_loss" and "train" in datasets and "validation" not in datasets:
             self.monitor, self.filename = None, "{epoch}-{step}"
         if self.dirpath is None:  # Lightning would take the first logger's folder
             self.dirpath = str(Path(trainer.default_root_dir) / "checkpoints")
         super().setup(trainer, pl_module, stage)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make sure that there is room for what will be saved."""
+        super().on_train_start(trainer, pl_module)
+        self._last_time = time.monotonic()
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._check_room(pl_module)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Write ``last.ckpt`` where it is time to: now that all is done that belongs to the batch before."""
+        step = trainer.global_step
+        if not self.save_last or step == self._last_global_step_saved or batch_idx % trainer.accumulate_grad_batches:
+            return
+        is_time = self.steps_between is not None and step % self.steps_between == 0
+        if not is_time and self.time_between is not None:
+            # Processes look at clocks of their own.
+            is_time = any_process(trainer, time.monotonic() - self._last_time >= self.time_between.total_seconds())
+        if is_time:
+            self._save_last(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the best and, where these weights are none of the best, ``last.ckpt`` alone."""
@@ -59,8 +111,67 @@ class RunCheckpoint(ModelCheckpoint):
         super().on_train_end(trainer, pl_module)
         self._save_last(trainer)
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over which checkpoints are the best, as far as they are still there, in whatever folder that is now."""
+        assert self.dirpath is not None
+        folder = Path(self.dirpath)
+
+        def here(path: str) -> str:
+            return str(folder / Path(path).name) if path and (folder / Path(path).name).is_file() else ""
+
+        best = {here(path): score for path, score in state_dict["best_k_models"].items() if here(path)}
+        super().load_state_dict(
+            {
+                **state_dict,
+                "dirpath": self.dirpath,
+                "best_k_models": best,
+                "best_model_path": here(state_dict["best_model_path"]),
+                "kth_best_model_path": here(state_dict["kth_best_model_path"]),
+                "last_model_path": here(state_dict["last_model_path"]),
+            }
+        )
+        if best and self.kth_best_model_path not in best:
+            self.kth_best_model_path = (max if self.mode == "min" else min)(best, key=lambda path: best[path])
+
     def _save_last(self, trainer: Trainer) -> None:
         if self.save_last and self._last_global_step_saved != trainer.global_step and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             assert self.dirpath is not None
-            self._last_global_step_saved = trainer.global_step
-            trainer.save_checkpoint(Path(self.dirpath) / f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}")
+            self._save_checkpoint(trainer, str(Path(self.dirpath) / f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}"))
+
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        folder = Path(self.dirpath or ".")
+        if trainer.is_global_zero and self._was_there and not folder.is_dir():
+            raise SaveError(f"{folder}: was removed while the run went on, and its checkpoints with it; put it back, or start anew")
+        super()._save_checkpoint(trainer, filepath)
+        self._was_there = True
+        self._last_time = time.monotonic()
+
+    def _check_room(self, pl_module: LightningModule) -> None:
+        """Make sure of the folder, and of room on its disk: weights, two moments of each one that is trained, in each file kept.
+
+        Raises:
+            SaveError: The folder cannot be written to, or there is not enough room.
+        """
+        assert self.dirpath is not None
+        folder = Path(self.dirpath)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            probe = folder / ".write-test.part"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise SaveError(
+                f"{folder}: checkpoints cannot be written there ({error.strerror}); mend that, or name another trainer.default_root_dir"
+            ) from None
+        remove_parts(folder)
+        parameters = list(pl_module.parameters())
+        size = sum(p.numel() * p.element_size() for p in parameters) + 2 * sum(p.numel() * 4 for p in parameters if p.requires_grad)
+        # Each file is written before the one it takes the place of is removed.
+        n_files = max(1, self.save_top_k) + int(bool(self.save_last)) + 1
+        there = sum(path.stat().st_size for path in folder.glob("*.ckpt"))
+        free = shutil.disk_usage(folder).free + there
+        if size * n_files > free:
+            raise SaveError(
+                f"{folder}: the disk has {free / _GIB:.1f} GiB for checkpoints, and this run needs {size * n_files / _GIB:.1f} "
+                f"({n_files} files of {size / _GIB:.1f}); make room, lower checkpoint.save_top_k, or name another trainer.default_root_dir"
+            )

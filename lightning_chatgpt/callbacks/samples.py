@@ -12,6 +12,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_utilities.core.rank_zero import rank_zero_only
 
+from lightning_chatgpt.callbacks.records import keep_records
 from lightning_chatgpt.chat.conversation import Conversation, Message
 from lightning_chatgpt.chat.encoding import Encoder
 from lightning_chatgpt.errors import ConfigError
@@ -63,6 +64,20 @@ class SampleGeneration(Callback):
         self.sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         self.filename = filename
         self._last_step = -1
+        self._n_records = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """How much was written. Called by Lightning."""
+        return {"n_records": self._n_records}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on after it. Called by Lightning."""
+        self._n_records = state_dict["n_records"]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave out what was written after the checkpoint that the run goes on from."""
+        if trainer.is_global_zero and trainer.ckpt_path is not None:
+            keep_records(Path(trainer.default_root_dir) / self.filename, self._n_records)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Sample every ``every_n_steps`` optimizer steps."""
@@ -105,6 +120,7 @@ class SampleGeneration(Callback):
         step = trainer.global_step
         path = Path(trainer.default_root_dir) / self.filename  # log_dir would broadcast, and wait for the other processes
         path.parent.mkdir(parents=True, exist_ok=True)
+        self._n_records += len(replies)
         with path.open("a", encoding="utf-8") as lines:
             for prompt, reply in zip(self.prompts, replies, strict=True):
                 record = {"step": step, "prompt": prompt, "reply": reply.text}

@@ -28,6 +28,7 @@ from lightning_chatgpt.data.preparation import tell_faults
 from lightning_chatgpt.data.sampler import ShardSampler
 from lightning_chatgpt.data.sources import Source, SourceReport, SourceSettings, read_conversations, source_fingerprint
 from lightning_chatgpt.errors import ConfigError, DataError, nearest
+from lightning_chatgpt.processes import shield_from_signals
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -245,6 +246,7 @@ class ChatDataModule(TokenDataModule[Conversation]):
             batch_size=self.batch_size,
             sampler=ShardSampler(range(len(self.prompts)), **self._ranks()),
             num_workers=self.num_workers,
+            worker_init_fn=shield_from_signals,
             collate_fn=partial(_collate_chats, tokenizer=self.tokenizer, max_length=room, max_new_tokens=self.max_new_tokens),
         )
 

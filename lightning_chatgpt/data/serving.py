@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from lightning.pytorch import LightningDataModule
-from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader
 
 from lightning_chatgpt.data.collate import collate
@@ -18,6 +17,7 @@ from lightning_chatgpt.data.mixture import Draws, Mixture
 from lightning_chatgpt.data.packing import pack
 from lightning_chatgpt.data.sampler import EpochSampler, ShardSampler, TrainLoader
 from lightning_chatgpt.errors import ConfigError, DataError, nearest
+from lightning_chatgpt.processes import shield_from_signals
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -155,13 +155,49 @@ class ServingDataModule(LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """What a run needs to go on within an epoch. Called by Lightning."""
-        return {"epoch": self._epoch, "rows": self._rows_at_once}
+        accumulated = self.trainer.accumulate_grad_batches if self.trainer is not None else 1
+        return {"epoch": self._epoch, "rows": self._rows_at_once, "step": self._rows_at_once * accumulated}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Remember where a run left off. Called by Lightning."""
         self._left_off = state_dict
         # Lightning does not see that the loader goes on where it was; where a checkpoint knows nothing of that, its warning is right.
         warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch ended")
+
+    def count_batches(self, n_batches: int, *, is_epoch: bool = False) -> int:
+        """How many batches of this run are as many as an earlier run had read of an epoch, which this run goes on with.
+
+        Args:
+            n_batches: That an earlier run had read; its batches may have been of another size.
+            is_epoch: Whether these were all of the epoch.
+
+        Raises:
+            ConfigError: These rows do not end where an optimizer step of this run does.
+        """
+        assert self.trainer is not None
+        if self._left_off is None:
+            return n_batches
+        at_once = self._rows_at_once
+        n_rows = n_batches * int(self._left_off["rows"])
+        step = at_once * self.trainer.accumulate_grad_batches
+        self._check_same_order(self._left_off, step)
+        self._left_off = {**self._left_off, "rows": at_once}
+        if n_rows % step and not is_epoch:
+            processes = self._ranks()["world_size"]
+            sizes = sorted((size for size in range(1, n_rows + 1) if n_rows % size == 0), key=lambda size: abs(size - step))[:6]
+            raise ConfigError(
+                f"the run was left after {n_rows} rows of the epoch, which optimizer steps of {step} rows do not divide (data.batch_size "
+                f"{self.batch_size}, {processes} process(es), trainer.accumulate_grad_batches {self.trainer.accumulate_grad_batches}); "
+                f"let them come to {', '.join(map(str, sorted(sizes)))}"
+            )
+        return -(-n_rows // at_once)
+
+    def _check_same_order(self, left_off: dict[str, Any], step: int) -> None:
+        if self.group_by_length and left_off.get("step", step) != step:
+            raise ConfigError(
+                f"data.group_by_length orders an epoch by its optimizer steps of {left_off['step']} rows, not {step}; "
+                "keep data.batch_size times the processes times trainer.accumulate_grad_batches"
+            )
 
     @property
     def _rows_at_once(self) -> int:
@@ -177,9 +213,9 @@ class ServingDataModule(LightningDataModule):
         if n_batches:
             self._epoch = left_off["epoch"]  # Lightning takes an epoch that max_steps broke off for a whole one
             if left_off["rows"] != self._rows_at_once:
-                rank_zero_warn(
-                    f"the epoch was begun with {left_off['rows']} rows in the batches of all processes, and goes on with "
-                    f"{self._rows_at_once}: some rows are read twice, or not at all; keep data.batch_size times the processes"
+                raise ConfigError(
+                    f"the epoch was begun with {left_off['rows']} rows in the batches of all processes, and cannot go on with "
+                    f"{self._rows_at_once}; add the callback ExactResume, which finds the place"
                 )
         return self._epoch, n_batches
 
@@ -193,6 +229,7 @@ class ServingDataModule(LightningDataModule):
             batch_size=self.batch_size,
             sampler=sampler,
             num_workers=self.num_workers,
+            worker_init_fn=shield_from_signals,
             persistent_workers=self.num_workers > 0,
             collate_fn=partial(collate, pad_token_id=self.tokenizer.pad_token_id, width=width),
             **settings,

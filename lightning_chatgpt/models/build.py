@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lightning_chatgpt.chat.tokenizer import load_tokenizer, stop_token_ids, tokenizer_from_state
+from lightning_chatgpt.checkpoints.file import read_plain
 from lightning_chatgpt.errors import ConfigError, ModelError
 from lightning_chatgpt.hub import hub_problem
 from lightning_chatgpt.models.adapters import (
@@ -129,16 +130,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     Raises:
         ModelError: It is not there, damaged, or not one of ours.
     """
-    import pickle
-
-    import torch
-
-    if not Path(path).is_file():
-        raise ModelError(f"{path}: no such checkpoint")
-    try:
-        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
-        raise ModelError(f"{path}: cannot be read as a checkpoint ({str(error).splitlines()[0]})") from None
+    checkpoint = read_plain(path)
     if CHECKPOINT_KEY not in checkpoint:
         raise ModelError(f"{path}: holds no architecture and tokenizer; it was not saved by CausalLMModule")
     return checkpoint

@@ -93,6 +93,10 @@ class ShardableModule(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Cut it again. Called by Lightning."""
+        self.release()
+
+    def release(self) -> None:
+        """Cut a sharded network again that an evaluation holds whole."""
         self._evaluation.close()
         self._is_gathered = False
 

@@ -11,6 +11,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_chatgpt import CausalLMModule, ChatDataModule, TextDataModule
+from lightning_chatgpt.errors import ConfigError
 from tests.conftest import ARCHITECTURE, chat, trainer
 
 
@@ -82,7 +83,7 @@ def test_a_run_that_max_steps_broke_off_reads_the_rest_of_its_epoch(make_data: C
     first = fit(4)
     assert first + fit(6, tmp_path / "stopped.ckpt") == whole
     fit(4)
-    with pytest.warns(UserWarning, match="begun with 4 rows in the batches of all processes, and goes on with 2"):
+    with pytest.raises(ConfigError, match="begun with 4 rows in the batches of all processes, and cannot go on with 2"):
         fit(6, tmp_path / "stopped.ckpt", batch_size=2)
 
 

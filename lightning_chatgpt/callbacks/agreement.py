@@ -1,0 +1,48 @@
+"""What the processes of a run decide together, on the CPU: no device is waited for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+_groups: dict[int, dist.ProcessGroup] = {}  # by the default group's identity
+
+
+def any_process(trainer: Trainer, flag: bool) -> bool:
+    """Whether a flag is set in any process. All of them have to ask."""
+    return _reduced(trainer, int(flag), dist.ReduceOp.MAX) > 0
+
+
+def least(trainer: Trainer, number: int) -> int:
+    """The least of all processes' numbers. All of them have to ask."""
+    return _reduced(trainer, number, dist.ReduceOp.MIN)
+
+
+def gathered(trainer: Trainer, value: object) -> list[object]:
+    """Every process's value, in order. All of them have to ask."""
+    if trainer.world_size == 1 or not dist.is_initialized():
+        return [value]
+    values: list[object] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value, group=_group())
+    return values
+
+
+def _reduced(trainer: Trainer, number: int, operation: dist.ReduceOp.RedOpType) -> int:
+    if trainer.world_size == 1 or not dist.is_initialized():
+        return number
+    tensor = torch.tensor(number)
+    dist.all_reduce(tensor, op=operation, group=_group())
+    return int(tensor)
+
+
+def _group() -> dist.ProcessGroup:
+    key = id(dist.group.WORLD)
+    if key not in _groups:
+        _groups.clear()
+        _groups[key] = dist.new_group(backend="gloo")
+    return _groups[key]

@@ -1,0 +1,114 @@
+"""Where a Trainer stands, and how to put it there again. All that is done with Lightning's private loops is done in this file.
+
+Lightning 2.6 saves how far its loops have come in the midst of their own book-keeping, and goes on in ways that depend on the hook a
+checkpoint was saved in: a validation is left out, an epoch is counted twice. Here a place in a run is a few numbers, whatever hook they
+were read in, and the loops are set to them. tests/callbacks/test_loops.py fails where another version of Lightning works otherwise.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+_COUNTERS = ("ready", "started", "processed", "completed")
+
+
+class Position(NamedTuple):
+    """A place in a run: behind an optimizer step.
+
+    Attributes:
+        epoch: Epochs that are done.
+        n_batches: Micro-batches of the next one that are done, in each process.
+        n_all_batches: Those of all epochs.
+        n_steps: Optimizer steps that are done, as Lightning counts them for its loggers.
+        is_last_batch: Whether these were all of the epoch, of which only its end is left.
+        needs_validation: Whether a validation is due here that has not been finished.
+    """
+
+    epoch: int
+    n_batches: int
+    n_all_batches: int
+    n_steps: int
+    is_last_batch: bool
+    needs_validation: bool
+
+
+def position_of(trainer: Trainer) -> Position:
+    """The place a run would go on from, if what is in memory now were saved.
+
+    Amid an accumulation that is behind the last optimizer step: its weights are the ones in memory, and the gradients gathered since
+    are made again from the same micro-batches.
+    """
+    fit_loop = trainer.fit_loop
+    loop = fit_loop.epoch_loop
+    # Their types are those of their base class.
+    batches: Any = loop.batch_progress
+    epochs: Any = fit_loop.epoch_progress.current
+    hook = trainer.lightning_module._current_fx_name
+    n_batches = batches.current.processed
+    is_last_batch = batches.is_last_batch and n_batches == batches.current.ready
+    is_after_epoch = epochs.processed == epochs.ready  # its end has been gone through, or max_steps broke it off
+    epoch = epochs.ready - 1 if is_after_epoch else epochs.processed
+    # Lightning counts a step for the loggers once the validation after it is over.
+    is_counted = is_after_epoch or hook == "on_train_batch_start"
+    n_all, n_steps = batches.total.processed, loop._batches_that_stepped
+    if is_after_epoch and is_last_batch:
+        return Position(epoch + 1, 0, n_all, n_steps, is_last_batch=False, needs_validation=False)
+    excess = 0 if is_last_batch else n_batches % trainer.accumulate_grad_batches
+    if excess:
+        return Position(epoch, n_batches - excess, n_all - excess, n_steps, is_last_batch=False, needs_validation=False)
+    is_at_step = n_batches == batches.current.ready and n_batches > 0
+    needs_validation = False
+    if not is_counted and is_at_step:
+        n_steps += 1
+        is_validated = trainer.validating and hook == "on_validation_end"
+        needs_validation = not is_validated and (trainer.validating or _is_validation_due(trainer))
+    return Position(epoch, n_batches, n_all, n_steps, is_last_batch=is_last_batch, needs_validation=needs_validation)
+
+
+def write_position(loops: dict[str, Any], position: Position) -> None:
+    """Set the loops' state in a checkpoint to a place.
+
+    Args:
+        loops: What a checkpoint holds under ``loops``, ``fit_loop``.
+        position: The place.
+    """
+    batches = loops["epoch_loop.batch_progress"]
+    in_epoch = position.n_batches > 0
+    _count(batches["total"], position.n_all_batches)
+    _count(batches["current"], position.n_batches)
+    batches["is_last_batch"] = position.is_last_batch
+    for epochs in loops["epoch_progress"].values():
+        _count(epochs, position.epoch)
+        if in_epoch:
+            epochs["ready"] = epochs["started"] = position.epoch + 1
+    validation = loops["epoch_loop.val_loop.batch_progress"]
+    for counts in (validation["total"], validation["current"]):
+        _count(counts, 0)
+        if position.needs_validation:  # as if one had been begun: Lightning goes back to it
+            counts["ready"] = counts["started"] = 1
+    loops["epoch_loop.state_dict"]["_batches_that_stepped"] = position.n_steps
+
+
+def go_on_from(trainer: Trainer, position: Position) -> None:
+    """Make the loops begin where they were set to; called when training starts."""
+    fit_loop = trainer.fit_loop
+    loop = fit_loop.epoch_loop
+    if position.n_batches == 0:
+        fit_loop.restarting = False  # an epoch like any other
+        return
+    # Lightning takes one turn of its loop without a batch where a validation is due or was just done, and counts it.
+    loop._batches_that_stepped = position.n_steps - int(_is_validation_due(trainer))
+
+
+def _is_validation_due(trainer: Trainer) -> bool:
+    fetcher: Any = trainer.fit_loop._data_fetcher
+    return trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
+
+
+def _count(counts: dict[str, int], number: int) -> None:
+    for name in _COUNTERS:
+        if name in counts:
+            counts[name] = number

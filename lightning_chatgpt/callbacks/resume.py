@@ -1,0 +1,89 @@
+"""ExactResume: a run that was stopped and goes on is the run that was not stopped."""
+
+from __future__ import annotations
+
+import os
+import random
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback
+
+from lightning_chatgpt.callbacks.loops import Position, go_on_from, position_of, write_position
+from lightning_chatgpt.callbacks.records import records_of
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+_TRAINING, _VALIDATION = 0, 1
+
+
+class ExactResume(Callback):
+    """Makes every checkpoint one to go on from exactly: same batches, dropout, learning rate and logged numbers, to the last bit.
+
+    Random numbers are a function of seed, epoch, batch and process: each batch begins with its own. A checkpoint saved amid an
+    accumulation goes on from the optimizer step before it, and one saved before a validation begins with that. The data module has to
+    read on where it was, as :class:`ChatDataModule` and :class:`TextDataModule` do.
+
+    Args:
+        seed: Chooses the random numbers of a new run; null takes that of ``seed_everything``. A run that goes on keeps its own.
+    """
+
+    def __init__(self, seed: int | None = None) -> None:
+        self.seed = seed
+        self._position: Position | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find the seed."""
+        if self.seed is None:
+            self.seed = int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed() % 2**32))
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Write down where the run stands."""
+        if trainer.state.fn != "fit":
+            return
+        state = {"seed": self.seed, **position_of(trainer)._asdict()}
+        for logger in records_of(trainer.loggers) if trainer.is_global_zero else ():
+            logger.save()  # or a crash would take what was logged before the checkpoint
+            state["n_records"] = logger.n_records
+        checkpoint.setdefault("callbacks", {})[self.state_key] = state
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Put the loops there, before Lightning reads how far they were."""
+        saved = checkpoint.get("callbacks", {}).get(self.state_key)
+        if saved is None or trainer.state.fn != "fit":
+            return
+        self.seed = saved["seed"]
+        position = Position(**{name: saved[name] for name in Position._fields})
+        count_batches = getattr(getattr(trainer, "datamodule", None), "count_batches", None)
+        if count_batches is not None:
+            position = position._replace(n_batches=count_batches(position.n_batches, is_epoch=position.is_last_batch))
+        write_position(checkpoint["loops"]["fit_loop"], position)
+        for logger in records_of(trainer.loggers):
+            logger.go_on_after(saved.get("n_records", 0))
+        self._position = position
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make the loops begin there."""
+        if self._position is not None:
+            go_on_from(trainer, self._position)
+            self._position = None
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Begin with the batch's own random numbers."""
+        self._seed(trainer, _TRAINING, batch_idx)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The same for a validation, and what follows it."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._seed(trainer, _VALIDATION, trainer.fit_loop.epoch_loop.batch_idx)
+
+    def _seed(self, trainer: Trainer, purpose: int, batch_idx: int) -> None:
+        shares = trainer.distributed_sampler_kwargs
+        rank = shares["rank"] if shares else 0  # processes that split a model's layers draw alike
+        assert self.seed is not None
+        numbers = np.random.SeedSequence([self.seed, trainer.current_epoch, batch_idx, rank, purpose]).generate_state(3)
+        torch.manual_seed(int(numbers[0]))
+        np.random.seed(int(numbers[1]))
+        random.seed(int(numbers[2]))

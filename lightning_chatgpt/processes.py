@@ -1,0 +1,55 @@
+"""Processes that belong together: none outlives the others."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+
+_POLL_SECONDS = 0.5
+
+
+def end_with_parent() -> None:
+    """End this process soon after its parent is gone: nobody would tell it to, and it could wait for ever in a collective operation."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_POLL_SECONDS)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True, name="end-with-parent").start()
+
+
+def end_within(seconds: float, *, code: int) -> None:
+    """End this process if it has not left by itself in time."""
+
+    def leave() -> None:
+        time.sleep(seconds)
+        print(f"error: this process did not end by itself in {seconds:.0f} s, and is ended", file=sys.stderr, flush=True)
+        os._exit(code)
+
+    threading.Thread(target=leave, daemon=True, name="end-within").start()
+
+
+def shield_from_signals(worker_id: int = 0) -> None:
+    """Leave signals to the parent: a worker that a signal to the whole group ends would take the run's last steps with it.
+
+    Only the parent ends a worker, with SIGTERM. For a ``DataLoader``'s ``worker_init_fn``.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "SIGUSR1"):
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    if not hasattr(signal, "sigwaitinfo"):  # macOS, Windows
+        return
+    parent = os.getppid()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True, name="wait-for-parent").start()

@@ -1,0 +1,135 @@
+"""A run that was stopped and goes on equals, to the last bit, one that was not: wherever it was stopped, and with another global seed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, seed_everything
+from lightning.pytorch.loggers.logger import DummyLogger
+
+from lightning_chatgpt import CausalLMModule, ChatDataModule, ExactResume, TextDataModule
+from tests.conftest import ARCHITECTURE, chat, trainer
+
+pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using .ckpt_path", "ignore:.*samples is not supported")
+
+
+class Diary(Callback):
+    """Writes down what each micro-batch holds, and every weight and state after each optimizer step."""
+
+    def __init__(self) -> None:
+        self.batches: list[tuple[int, int, str]] = []
+        self.steps: dict[int, str] = {}
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        content = hashlib.sha1(batch["input_ids"].numpy().tobytes()).hexdigest()
+        self.batches.append((trainer.current_epoch, batch_idx, content))
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.steps[trainer.global_step] = digest(pl_module, trainer)
+
+
+class Saving(Callback):
+    """Saves a checkpoint in every hook of training and of the validations in it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.saved: list[tuple[Path, int]] = []  # and how much was logged by then
+
+    def _save(self, trainer: Any, pl_module: Any, *arguments: Any) -> None:
+        if not trainer.sanity_checking:
+            path = self.folder / f"{len(self.saved):03d}-{pl_module._current_fx_name}.ckpt"
+            trainer.save_checkpoint(path)
+            self.saved.append((path, len(trainer.logger.rows)))
+
+    on_train_batch_start = on_train_batch_end = on_train_epoch_end = on_train_end = _save
+    on_validation_start = on_validation_batch_end = on_validation_end = _save
+
+
+class Log(DummyLogger):
+    """Keeps what is logged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[tuple[int, dict[str, float]]] = []
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        assert step is not None
+        self.rows.append((step, dict(metrics)))
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing."""
+
+
+def digest(module: Any, trainer: Any) -> str:
+    found = hashlib.sha1()
+    for value in module.state_dict().values():
+        found.update(value.numpy().tobytes())
+    for state in trainer.optimizers[0].state_dict()["state"].values():
+        for value in state.values():
+            found.update(torch.as_tensor(value).numpy().tobytes())
+    found.update(repr(trainer.lr_scheduler_configs[0].scheduler.get_last_lr()).encode())
+    return found.hexdigest()
+
+
+@pytest.fixture
+def make_data(tmp_path: Path, write_chats: Callable[..., Path]) -> Callable[..., Any]:
+    chats = write_chats([chat(f"question {i}", f"answer {i} " * (1 + i % 5)) for i in range(22)])
+    held_out = write_chats([chat(f"ask {i}", f"reply {i}") for i in range(4)], "held_out.jsonl")
+    for i in range(3):
+        (tmp_path / f"shard{i}.txt").write_text(" ".join(f"word {n}" for n in range(100 * i, 100 * i + 90)))
+
+    def make(kind: str, **settings: Any) -> Any:
+        common = {"vocab_size": 300, "max_length": 64, "batch_size": 4, "max_leak": None, **settings}
+        if kind == "text":
+            train = [str(tmp_path / f"shard{i}.txt") for i in range(3)]
+            return TextDataModule(train=train, validation=str(tmp_path / "shard0.txt"), **common)
+        return ChatDataModule(train=str(chats), validation=str(held_out), **common)
+
+    return make
+
+
+CASES = {
+    "plain": ("chat", {}, {}),
+    "accumulated": ("chat", {"batch_size": 2}, {"accumulate_grad_batches": 3}),
+    "packed": ("chat", {"packing": True, "batch_size": 2}, {}),
+    "workers": ("chat", {"num_workers": 2}, {"accumulate_grad_batches": 3}),
+    "workers-packed": ("chat", {"num_workers": 2, "packing": True, "batch_size": 1}, {"accumulate_grad_batches": 3}),
+    "text": ("text", {"batch_size": 3}, {"accumulate_grad_batches": 3}),
+    "text-workers": ("text", {"batch_size": 3, "num_workers": 2}, {}),
+    "validation-amid-epochs": ("chat", {"batch_size": 2}, {"val_check_interval": 4, "accumulate_grad_batches": 2}),
+    "validation-amid-accumulation": ("chat", {"batch_size": 2}, {"val_check_interval": 2, "accumulate_grad_batches": 3}),
+    "validation-across-epochs": ("chat", {}, {"val_check_interval": 4, "check_val_every_n_epoch": None}),
+    "no-validation": ("chat", {}, {"limit_val_batches": 0}),
+    "validation-every-other-epoch": ("chat", {}, {"check_val_every_n_epoch": 2}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_run_resumed_after_any_step_is_the_run_that_was_not_stopped(name: str, make_data: Callable[..., Any], tmp_path: Path) -> None:
+    kind, data_settings, trainer_settings = CASES[name]
+
+    def fit(seed: int, ckpt_path: Path | None = None, *callbacks: Callback) -> tuple[Diary, Log, str]:
+        seed_everything(seed, verbose=False)
+        diary, log = Diary(), Log()
+        settings = {"max_epochs": 3, "log_every_n_steps": 2, "num_sanity_val_steps": 0}
+        run = trainer(tmp_path, callbacks=[diary, ExactResume(), *callbacks], logger=log, **settings, **trainer_settings)
+        module = CausalLMModule(architecture={**ARCHITECTURE, "n_layer": 1}, learning_rate=1e-2, warmup_steps=2)
+        run.fit(module, datamodule=make_data(kind, **data_settings), ckpt_path=ckpt_path)
+        return diary, log, digest(module, run)
+
+    saving = Saving(tmp_path)
+    diary, log, end = fit(0, None, saving)
+    assert len({content for _, _, content in diary.batches}) > len(diary.batches) // 3
+    for seed, (path, n_rows) in enumerate(saving.saved, start=1):
+        after, logged, there = fit(seed, path)
+        assert there == end, path
+        assert after.batches == diary.batches[len(diary.batches) - len(after.batches) :], path
+        assert after.steps == {step: state for step, state in diary.steps.items() if step in after.steps}, path
+        assert logged.rows == log.rows[len(log.rows) - len(logged.rows) :], path
+        # What is logged of a step comes after its hooks.
+        assert len(log.rows) - len(logged.rows) <= n_rows + int("on_train_batch_end" in path.name), path

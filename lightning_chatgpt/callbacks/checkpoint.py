@@ -134,9 +134,15 @@ class RunCheckpoint(ModelCheckpoint):
             self.kth_best_model_path = (max if self.mode == "min" else min)(best, key=lambda path: best[path])
 
     def _save_last(self, trainer: Trainer) -> None:
-        if self.save_last and self._last_global_step_saved != trainer.global_step and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if self._last_global_step_saved != trainer.global_step and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._save_last_checkpoint(trainer, {})
+
+    def _save_last_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Any]) -> None:
+        """Write ``last.ckpt``; Lightning would begin ``last-v1.ckpt`` beside one that another process wrote."""
+        if self.save_last:
             assert self.dirpath is not None
-            self._save_checkpoint(trainer, str(Path(self.dirpath) / f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}"))
+            self.last_model_path = str(Path(self.dirpath) / f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}")
+            self._save_checkpoint(trainer, self.last_model_path)
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         folder = Path(self.dirpath or ".")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -9,6 +10,7 @@ from contextlib import nullcontext
 from lightning_chatgpt import __version__
 from lightning_chatgpt.errors import ConfigError, UserError
 from lightning_chatgpt.memory import uncollected
+from lightning_chatgpt.processes import end_with_parent
 
 _TRAINER_VERBS = {
     "inspect": "see what the data holds and what the model will be fed",
@@ -48,6 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         elif verb == "--version":
             print(f"lightning-chatgpt {__version__}")
         elif verb in _TRAINER_VERBS:
+            if os.environ.get("LOCAL_RANK", "0") != "0":
+                end_with_parent()
             # Only once in a process: what an earlier run left is garbage.
             with nullcontext() if "lightning" in sys.modules else uncollected():
                 from lightning_chatgpt.cli import run_trainer_verb
@@ -66,6 +70,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

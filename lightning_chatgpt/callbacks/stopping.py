@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_chatgpt.callbacks.agreement import any_process, least
-from lightning_chatgpt.processes import end_within
+from lightning_chatgpt.processes import end_with_parent, end_within
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -137,6 +137,15 @@ class GracefulStop(Callback):
 
 class ProcessWatch(Callback):
     """Ends all processes of a run when one of them fails: an error in one of several is no reason for the others to wait for ever."""
+
+    def __init__(self) -> None:
+        self._is_watching = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Do not outlive the process that started this one."""
+        if trainer.local_rank > 0 and not self._is_watching:
+            self._is_watching = True
+            end_with_parent()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave, even where what is to be closed waits for a process that is gone."""

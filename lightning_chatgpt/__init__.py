@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from lightning_chatgpt.cli import ChatCLI
     from lightning_chatgpt.data.chat import ChatDataModule
     from lightning_chatgpt.data.text import TextDataModule
-    from lightning_chatgpt.errors import UserError
+    from lightning_chatgpt.errors import SaveError, UserError
     from lightning_chatgpt.metrics.perplexity import BitsPerByte, Perplexity, TokenAccuracy
     from lightning_chatgpt.models.build import load_model
     from lightning_chatgpt.models.causal_lm import CausalLMModule
@@ -46,6 +46,7 @@ _ROOMS = {
     "PredictionWriter": "callbacks.predictions",
     "RunCheckpoint": "callbacks.checkpoint",
     "SampleGeneration": "callbacks.samples",
+    "SaveError": "errors",
     "ShardedStrategy": "models.strategies",
     "TextDataModule": "data.text",
     "TokenAccuracy": "metrics.perplexity",
@@ -69,6 +70,7 @@ __all__ = [
     "PredictionWriter",
     "RunCheckpoint",
     "SampleGeneration",
+    "SaveError",
     "ShardedStrategy",
     "TextDataModule",
     "TokenAccuracy",

@@ -117,7 +117,7 @@ def load_tokenizer(folder: str | Path, *, template: str | None = None) -> PreTra
     from transformers import AutoTokenizer
 
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         first_line = str(error).strip().split("\n")[0]
         raise ModelError(f"{folder}: no tokenizer could be loaded ({first_line}); it needs a tokenizer.json") from None

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lightning_chatgpt.chat.tokenizer import load_tokenizer, stop_token_ids, tokenizer_from_state
 from lightning_chatgpt.checkpoints.file import read_plain
+from lightning_chatgpt.checkpoints.weights import check_weights
 from lightning_chatgpt.errors import ConfigError, ModelError
 from lightning_chatgpt.hub import hub_problem
 from lightning_chatgpt.models.adapters import (
@@ -197,7 +198,7 @@ def read_config(folder: Path) -> PretrainedConfig:
     from transformers import AutoConfig
 
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{folder}: config.json cannot be used ({str(error).strip().splitlines()[0]})") from None
     return config
@@ -258,7 +259,10 @@ def build_network(
         ConfigError: ``architecture`` contradicts the weights.
         ModelError: The weights cannot be loaded.
     """
+    import pickle
+
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     config = read_config(folder)
@@ -271,13 +275,18 @@ def build_network(
                 f"model.architecture says {key}: {value}, but the weights of model.pretrained have {there}; "
                 "remove it, or set model.pretrained to null to start from scratch"
             )
+    check_weights(folder)
     settings: Any = {"quantization_config": quantization_config()} if quantized else {}
     try:
         network: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            folder, config=config, local_files_only=True, dtype=torch.float32, **settings
+            folder, config=config, local_files_only=True, trust_remote_code=False, dtype=torch.float32, **settings
         )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ModelError(f"{folder}: the weights cannot be loaded ({str(error).strip().splitlines()[0]})") from None
+    except pickle.UnpicklingError:
+        raise ModelError(f"{folder}: its weights hold more than plain data, which could run code; take safetensors") from None
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ModelError(
+            f"{folder}: the weights cannot be loaded ({str(error).strip().splitlines()[0]}); download or export them again"
+        ) from None
     _fit_to_tokenizer(network, tokenizer)
     return network
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning_chatgpt.chat.jinja import template_of
+from lightning_chatgpt.checkpoints.weights import whole_folder
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -53,15 +54,18 @@ def export_folder(
         facts: What the model card tells of the model, such as its base and its validation loss.
 
     Returns: the folder.
+
+    Raises:
+        SaveError: It could not be written; what was there is still there.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    network.save_pretrained(folder, max_shard_size="5GB")
-    tokenizer.save_pretrained(folder)
     n_parameters = sum(p.numel() for p in network.parameters())
     told = {"Parameters": f"{n_parameters:,}", "Vocabulary": len(tokenizer), **(facts or {})}
     table = "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in told.items())])
     template = template_of(tokenizer)
     card = _CARD.format(facts=table, folder=folder.as_posix(), template=template.name, stop=template.stop_token)
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    with whole_folder(folder) as part:
+        network.save_pretrained(part, max_shard_size="5GB")
+        tokenizer.save_pretrained(part)
+        (part / "README.md").write_text(card, encoding="utf-8")
     return folder

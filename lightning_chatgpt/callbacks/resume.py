@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from lightning.pytorch import Callback
+from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_chatgpt.callbacks.loops import Position, go_on_from, position_of, write_position
 from lightning_chatgpt.callbacks.records import records_of
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
 _TRAINING, _VALIDATION = 0, 1
+# What a network that is there cannot be changed in any more; the checkpoint's stay.
+_OF_THE_NETWORK = {"pretrained", "architecture", "lora"}
 
 
 class ExactResume(Callback):
@@ -55,6 +59,7 @@ class ExactResume(Callback):
         if saved is None or trainer.state.fn != "fit":
             return
         self.seed = saved["seed"]
+        _tell_changes(checkpoint, pl_module, getattr(trainer, "datamodule", None))
         position = Position(**{name: saved[name] for name in Position._fields})
         count_batches = getattr(getattr(trainer, "datamodule", None), "count_batches", None)
         if count_batches is not None:
@@ -87,3 +92,14 @@ class ExactResume(Callback):
         torch.manual_seed(int(numbers[0]))
         np.random.seed(int(numbers[1]))
         random.seed(int(numbers[2]))
+
+
+def _tell_changes(checkpoint: Mapping[str, Any], module: Any, data: Any) -> None:
+    """Name the settings that a run goes on with and that are not those it was saved with."""
+    for place, key, owner in (("model", "hyper_parameters", module), ("data", "datamodule_hyper_parameters", data)):
+        then, now = checkpoint.get(key, {}), getattr(owner, "hparams", {})
+        for name in sorted(then.keys() & now.keys()):
+            if name.startswith("_") or then[name] == now[name]:
+                continue
+            wins = "the checkpoint's stays" if name in _OF_THE_NETWORK else f"going on with {now[name]!r}"
+            rank_zero_warn(f"{place}.{name} is {now[name]!r}, and was {then[name]!r} when the checkpoint was saved; {wins}")

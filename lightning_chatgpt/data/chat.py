@@ -113,6 +113,7 @@ class ChatDataModule(TokenDataModule[Conversation]):
         num_workers: int = 0,
         seed: int = 0,
     ) -> None:
+        self.save_hyperparameters(logger=False)
         super().__init__(
             train=train,
             validation=validation,

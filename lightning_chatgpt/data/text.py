@@ -62,6 +62,7 @@ class TextDataModule(TokenDataModule[str]):
         num_workers: int = 0,
         seed: int = 0,
     ) -> None:
+        self.save_hyperparameters(logger=False)
         super().__init__(
             train=train,
             validation=validation,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from lightning_chatgpt.chat.tokenizer import check_same_template, load_tokenizer, token_byte_lengths, tokenizer_from_state, tokenizer_state
 from lightning_chatgpt.errors import ConfigError, ModelError
@@ -32,7 +33,14 @@ from lightning_chatgpt.models.attention import Attention, set_attention
 from lightning_chatgpt.models.kernels import blocks_of, use_fast_kernels
 from lightning_chatgpt.models.loss import TokenLosses, check_head, token_losses
 from lightning_chatgpt.models.module import ShardableModule
-from lightning_chatgpt.models.optim import build_optimizer, build_schedule, check_optimization, matrix_names
+from lightning_chatgpt.models.optim import (
+    build_optimizer,
+    build_schedule,
+    check_optimization,
+    matrix_names,
+    optimizer_class,
+    set_optimization,
+)
 from lightning_chatgpt.models.step import StepLoss
 
 if TYPE_CHECKING:
@@ -41,6 +49,7 @@ if TYPE_CHECKING:
     from lightning_chatgpt.data.collate import Batch, PromptBatch
 
 Stage = Literal["val", "test"]
+_OPTIMIZATION = ("learning_rate", "weight_decay", "optimizer", "warmup_steps", "schedule", "decay_steps")
 
 
 class CausalLMModule(ShardableModule):
@@ -114,6 +123,8 @@ class CausalLMModule(ShardableModule):
         self.pretrained = pretrained
         self.architecture = architecture
         self.lora = LoraSettings.of(lora) if lora is not None else None
+        self._was_restored = False
+        self._is_changed = False  # whether the run was begun with other optimization
         self._adapter: dict[str, Any] = {}  # what a checkpoint tells of the adapter
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
@@ -244,6 +255,8 @@ class CausalLMModule(ShardableModule):
             ModelError: The network is built already, for another tokenizer.
         """
         saved = checkpoint[build.CHECKPOINT_KEY]
+        self._was_restored = self._trainer is not None and self.trainer.state.fn == "fit"
+        self._is_changed = self._was_restored and self._compare_optimization(checkpoint.get("hyper_parameters", {}))
         if self.tokenizer is None:
             self._build_from_checkpoint(saved)
         elif tokenizer_from_state(saved["tokenizer"]).get_vocab() != self.tokenizer.get_vocab():
@@ -257,6 +270,20 @@ class CausalLMModule(ShardableModule):
             load_adapter_state(self.network, build.network_state(checkpoint))
             # The base's weights are there already; what Lightning loads strictly is to be whole.
             checkpoint["state_dict"] = {**self.state_dict(), **checkpoint["state_dict"]}
+
+    def _compare_optimization(self, saved: Mapping[str, Any]) -> bool:
+        """Whether a checkpoint was made with other optimization than this module is to go on with.
+
+        Raises:
+            ConfigError: It was made with an optimizer whose state another cannot take over.
+        """
+        then, now = (optimizer_class(optimizer) for optimizer in (saved.get("optimizer", self.optimizer), self.optimizer))
+        if then is not now:
+            raise ConfigError(
+                f"model.optimizer {now.__name__} cannot go on with the state of the checkpoint's {then.__name__}; keep that, "
+                "or begin a new run from its weights (model.pretrained)"
+            )
+        return any(saved.get(name, getattr(self, name)) != getattr(self, name) for name in _OPTIMIZATION)
 
     def _build_from_checkpoint(self, saved: dict[str, Any]) -> None:
         tokenizer = tokenizer_from_state(saved["tokenizer"])
@@ -360,14 +387,28 @@ class CausalLMModule(ShardableModule):
     def configure_optimizers(self) -> Any:
         """The optimizer, and the schedule stepped after each of its steps. Called by Lightning."""
         optimizer = self.build_optimizer()
-        schedule = build_schedule(
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self._build_schedule(optimizer), "interval": "step"}}
+
+    def _build_schedule(self, optimizer: Optimizer) -> LRScheduler:
+        return build_schedule(
             optimizer,
             schedule=self.schedule,
             warmup_steps=self.warmup_steps,
             decay_steps=self.decay_steps,
             total_steps=self.trainer.estimated_stepping_batches,
         )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        """Let this module's own optimization hold where a run goes on that was begun with another. Called by Lightning."""
+        is_own = type(self).configure_optimizers is CausalLMModule.configure_optimizers
+        if self._was_restored and is_own and not self.trainer.strategy.handles_gradient_accumulation:
+            fresh = self.build_optimizer()
+            schedule: Any = self.lr_schedulers()
+            fresh_schedule = self._build_schedule(fresh)
+            # A schedule of another's making is not stepped through anew without need.
+            if self._is_changed or isinstance(fresh_schedule, LambdaLR):
+                set_optimization(self.trainer.optimizers[0], schedule, fresh=fresh, fresh_schedule=fresh_schedule)
+        self._was_restored = False
 
     def export(self, folder: str | Path, *, checkpoint: str | Path | None = None, facts: Mapping[str, object] | None = None) -> Path:
         """Write the network as a plain transformers folder.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import warnings
 from collections.abc import Collection, Iterable, Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -174,6 +175,11 @@ def learning_rate_factor(step: int, *, schedule: str, warmup_steps: float, decay
     return 1.0 - progress if schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
+def optimizer_class(optimizer: str | Mapping[str, Any]) -> type:
+    """The class that ``model.optimizer`` names."""
+    return _choice("model.optimizer", optimizer, torch.optim, Optimizer)[0]
+
+
 def build_schedule(
     optimizer: Optimizer,
     *,
@@ -217,6 +223,27 @@ def build_schedule(
         optimizer,
         lambda step: learning_rate_factor(step, schedule=name, warmup_steps=warmup, decay_steps=decay, total_steps=total_steps),
     )
+
+
+def set_optimization(optimizer: Optimizer, schedule: LRScheduler, *, fresh: Optimizer, fresh_schedule: LRScheduler) -> None:
+    """Give an optimizer that was restored the settings of a new one, and its schedule that one's course, from the step where it stands.
+
+    Args:
+        optimizer: With the state it was saved with, and the settings too.
+        schedule: Its own.
+        fresh: Built of the settings that are to hold.
+        fresh_schedule: Its schedule, at step 0.
+    """
+    n_steps = schedule.last_epoch
+    if isinstance(fresh_schedule, LambdaLR) and n_steps > 0:
+        fresh_schedule.last_epoch = n_steps - 1  # what the rate is depends on the step alone
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")  # the other optimizer made the steps
+        while fresh_schedule.last_epoch < n_steps:
+            fresh_schedule.step()
+    for group, wanted in zip(optimizer.param_groups, fresh.param_groups, strict=True):
+        group.update({name: value for name, value in wanted.items() if name != "params"})
+    schedule.load_state_dict({**fresh_schedule.state_dict(), "_step_count": schedule._step_count})
 
 
 def _check_steps(name: str, value: Any) -> None:

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_chatgpt.callbacks.checkpoint import RunCheckpoint
     from lightning_chatgpt.callbacks.export import HuggingFaceExport
+    from lightning_chatgpt.callbacks.nonfinite import NonFiniteGuard
     from lightning_chatgpt.callbacks.predictions import PredictionWriter
     from lightning_chatgpt.callbacks.resume import ExactResume
     from lightning_chatgpt.callbacks.samples import SampleGeneration
+    from lightning_chatgpt.callbacks.stopping import GracefulStop, ProcessWatch
     from lightning_chatgpt.callbacks.throughput import TokenThroughput
     from lightning_chatgpt.chat.conversation import Conversation, Message
     from lightning_chatgpt.checkpoints.plugin import DurableCheckpointIO
@@ -40,10 +42,13 @@ _ROOMS = {
     "Conversation": "chat.conversation",
     "DurableCheckpointIO": "checkpoints.plugin",
     "ExactResume": "callbacks.resume",
+    "GracefulStop": "callbacks.stopping",
     "HuggingFaceExport": "callbacks.export",
     "Message": "chat.conversation",
+    "NonFiniteGuard": "callbacks.nonfinite",
     "Perplexity": "metrics.perplexity",
     "PredictionWriter": "callbacks.predictions",
+    "ProcessWatch": "callbacks.stopping",
     "RunCheckpoint": "callbacks.checkpoint",
     "SampleGeneration": "callbacks.samples",
     "SaveError": "errors",
@@ -64,10 +69,13 @@ __all__ = [
     "Conversation",
     "DurableCheckpointIO",
     "ExactResume",
+    "GracefulStop",
     "HuggingFaceExport",
     "Message",
+    "NonFiniteGuard",
     "Perplexity",
     "PredictionWriter",
+    "ProcessWatch",
     "RunCheckpoint",
     "SampleGeneration",
     "SaveError",

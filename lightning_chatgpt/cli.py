@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 from lightning_chatgpt.arguments import OneLineParser, union_reason
 from lightning_chatgpt.callbacks.checkpoint import RunCheckpoint
 from lightning_chatgpt.callbacks.export import HuggingFaceExport
+from lightning_chatgpt.callbacks.nonfinite import NonFiniteGuard
 from lightning_chatgpt.callbacks.predictions import PredictionWriter
 from lightning_chatgpt.callbacks.records import MetricsFile
 from lightning_chatgpt.callbacks.resume import ExactResume
@@ -126,6 +127,7 @@ class ChatCLI(LightningCLI):
         for cls, name in (
             (RunCheckpoint, "checkpoint"),
             (ExactResume, "resume"),
+            (NonFiniteGuard, "nonfinite"),
             (SampleGeneration, "samples"),
             (PredictionWriter, "predictions"),
             (HuggingFaceExport, "export"),

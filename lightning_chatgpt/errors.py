@@ -30,6 +30,12 @@ class SaveError(UserError):
     exit_code = 1
 
 
+class NonFiniteError(UserError):
+    """A loss or a gradient is NaN or infinite; the command line leaves with 1."""
+
+    exit_code = 1
+
+
 class ConfigError(UserError):
     """A setting is unknown, out of range, or contradicts another."""
 

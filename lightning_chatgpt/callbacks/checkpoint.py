@@ -181,3 +181,15 @@ class RunCheckpoint(ModelCheckpoint):
                 f"{folder}: the disk has {free / _GIB:.1f} GiB for checkpoints, and this run needs {size * n_files / _GIB:.1f} "
                 f"({n_files} files of {size / _GIB:.1f}); make room, lower checkpoint.save_top_k, or name another trainer.default_root_dir"
             )
+
+
+def save_last(trainer: Trainer) -> Path:
+    """Write ``last.ckpt`` where the run's checkpoints are, at once; all processes take part.
+
+    Returns: its path.
+    """
+    callback = next((c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)), None)
+    folder = Path(callback.dirpath) if callback is not None and callback.dirpath else Path(trainer.default_root_dir) / "checkpoints"
+    path = folder / f"{ModelCheckpoint.CHECKPOINT_NAME_LAST}{ModelCheckpoint.FILE_EXTENSION}"
+    trainer.save_checkpoint(path)
+    return path

@@ -5,16 +5,15 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_chatgpt.callbacks.agreement import any_process, least
+from lightning_chatgpt.callbacks.checkpoint import save_last
 from lightning_chatgpt.processes import end_with_parent, end_within
 
 if TYPE_CHECKING:
@@ -110,7 +109,7 @@ class GracefulStop(Callback):
             release: Any = getattr(trainer.lightning_module, "release", None)
             if release is not None:
                 release()
-            path = _save(trainer)
+            path = save_last(trainer)
             rank_zero_info(f"{name}: stopped after step {trainer.global_step}, saved {path}; go on with --ckpt_path last")
             self._requeue(trainer)
         else:
@@ -156,12 +155,3 @@ class ProcessWatch(Callback):
 
 def _environment(trainer: Trainer) -> Any:
     return getattr(trainer.strategy, "cluster_environment", None)
-
-
-def _save(trainer: Trainer) -> Path:
-    """Write ``last.ckpt`` where the run's checkpoints are."""
-    callback = next((c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)), None)
-    folder = Path(callback.dirpath) if callback is not None and callback.dirpath else Path(trainer.default_root_dir) / "checkpoints"
-    path = folder / f"{ModelCheckpoint.CHECKPOINT_NAME_LAST}{ModelCheckpoint.FILE_EXTENSION}"
-    trainer.save_checkpoint(path)
-    return path

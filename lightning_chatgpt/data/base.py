@@ -114,6 +114,11 @@ class TokenDataModule(ServingDataModule, Generic[Item]):
     def load(self, content: str) -> Item:
         """The item that :meth:`dump` wrote down."""
 
+    def name_of(self, item: Item) -> str:
+        """What a message calls an item; its first words, where it has no name."""
+        text = " ".join(self.texts(item)[0].split()) if self.texts(item) else ""
+        return repr(text if len(text) <= 40 else f"{text[:40]}…")
+
     @abstractmethod
     def texts(self, item: Item) -> list[str]:
         """What is said in an item; a tokenizer is trained on it, and duplicates and leaks are found by it."""
@@ -160,6 +165,18 @@ class TokenDataModule(ServingDataModule, Generic[Item]):
         for part, sources in parts.items():
             if part not in self.datasets and not (part == "test" and stage == "fit"):
                 self.datasets[part] = self._encode_part(part, sources)
+
+    def records_of_batch(self, batch_idx: int) -> list[str]:
+        """The names of what this process reads in a training batch of the epoch that is being read.
+
+        Args:
+            batch_idx: The batch, from 0.
+        """
+        dataset = self._dataset("train")
+        sampler = self.train_sampler(dataset)
+        sampler.set_epoch(self._epoch)
+        rows = list(sampler)[batch_idx * self.batch_size : (batch_idx + 1) * self.batch_size]
+        return list(dict.fromkeys(self.name_of(self.load(dataset.content_of(index))) for row in rows for index in row))
 
     # How it is done.
 

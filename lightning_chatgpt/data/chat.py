@@ -198,6 +198,10 @@ class ChatDataModule(TokenDataModule[Conversation]):
         """What the record said of the conversation, and the group it is kept together with."""
         return {"group": item.group, **item.labels} if item.group else item.labels
 
+    def name_of(self, item: Conversation) -> str:
+        """Where it came from, such as ``chats.jsonl:17``."""
+        return item.id
+
     def texts(self, item: Conversation) -> list[str]:
         """Every message's content but the system's, which many chats share."""
         return [message.content for message in item.messages if message.role != "system"]

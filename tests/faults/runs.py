@@ -70,6 +70,51 @@ class Fail(Callback):
             raise RuntimeError("this process fails on purpose")
 
 
+class Poison(Callback):
+    """Makes a loss or a gradient NaN or infinite.
+
+    Args:
+        what: loss or gradient.
+        value: Instead of what it is.
+        step: Optimizer steps that are done before.
+        batch: The micro-batch of the epoch; none for all after ``step``.
+        rank: The process.
+
+    Attributes:
+        records: The numbers in the chats of that micro-batch.
+        records_of_step: Those of all that are accumulated with it.
+    """
+
+    def __init__(self, what: str, value: float, step: int, batch: int | None, rank: int = 0) -> None:
+        self.what, self.value, self.step, self.batch, self.rank = what, value, step, batch, rank
+        self.records: list[int] = []
+        self.records_of_step: list[int] = []
+        self._is_here = False
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Look whether this is the batch."""
+        is_step = trainer.global_step >= self.step if self.batch is None else trainer.global_step == self.step
+        self._is_here = is_step and batch_idx in (self.batch, self.batch or batch_idx) and trainer.global_rank == self.rank
+        if is_step:
+            texts = [pl_module.tokenizer.decode(row) for row in batch["input_ids"]]
+            numbers = [int(text.split("question ")[1].split("<")[0]) for text in texts]
+            self.records_of_step += numbers
+            self.records += numbers if self._is_here else []
+
+    def on_before_backward(self, trainer: Any, pl_module: Any, loss: torch.Tensor) -> None:
+        """Spoil the loss: what is back-propagated comes from it."""
+        if self._is_here and self.what == "loss":
+            loss.data.mul_(float(self.value))
+            for parameter in pl_module.parameters():
+                parameter.register_hook(lambda gradient: gradient * float(self.value) if self._is_here else gradient)
+
+    def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
+        """Spoil one gradient."""
+        if self._is_here and self.what == "gradient":
+            parameter = list(pl_module.parameters())[3]
+            parameter.grad.view(-1)[0] = float(self.value)
+
+
 def write_project(folder: Path, *, n_chats: int = 24, **trainer: Any) -> Path:
     """A folder with chats and a config, ``run.yaml``."""
     chats = [chat(f"question {i}", f"answer {i} " * (1 + i % 5)) for i in range(n_chats)]

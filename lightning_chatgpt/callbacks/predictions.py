@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning_utilities.core.rank_zero import rank_zero_info
 
+from lightning_chatgpt.checkpoints.file import written_at
+
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
@@ -19,7 +21,7 @@ class PredictionWriter(BasePredictionWriter):
 
     A line holds ``id``, ``prompt`` (messages), ``reply``, ``reference`` (null if there is none), ``prompt_tokens``,
     ``completion_tokens`` and ``finish_reason``. Processes that answer different ones write a part each,
-    which are put together at the end.
+    which are put together at the end. A predict of the same checkpoint and prompts that was broken off is gone on with.
 
     Args:
         filename: The file in the run folder.
@@ -30,14 +32,24 @@ class PredictionWriter(BasePredictionWriter):
         self.filename = filename
         self._file: TextIO | None = None
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find what a predict that was broken off has answered already."""
+        data: Any = getattr(trainer, "datamodule", None)
+        if stage != "predict":
+            return
+        if trainer.is_global_zero:
+            self._folder(trainer).mkdir(parents=True, exist_ok=True)
+            self._take_up(trainer, pl_module, data)
+        trainer.strategy.barrier("predictions taken up")
+        if hasattr(data, "prediction_key"):
+            part, _ = self._share(trainer)
+            data.n_predicted = len(_lines(self._part(trainer, part)))
+
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open this process's part; of processes that split a model's layers, and answer the same, the first writes."""
-        n_parts = self._n_parts(trainer)
-        part, place = divmod(trainer.global_rank, trainer.world_size // n_parts)
+        part, place = self._share(trainer)
         if place == 0:
-            path = self._part(trainer, part)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("w", encoding="utf-8")
+            self._file = self._part(trainer, part).open("a", encoding="utf-8")
 
     def write_on_batch_end(
         self,
@@ -69,7 +81,36 @@ class PredictionWriter(BasePredictionWriter):
             parts[0].replace(target)
         else:
             _interleave(parts, target)
+        self._state(trainer).unlink(missing_ok=True)
         rank_zero_info(f"Replies written to {target}")
+
+    def _take_up(self, trainer: Trainer, pl_module: LightningModule, data: Any) -> None:
+        """Share out among the processes what is there, or remove it, where it answers something else."""
+        state = self._state(trainer)
+        old = sorted(self._folder(trainer).glob(f"{self.filename}.part*"), key=lambda path: int(path.name.rpartition("part")[2]))
+        key = _key(trainer, pl_module, data)
+        lines: dict[int, str] = {}
+        if key and state.is_file() and state.read_text(encoding="utf-8") == key:
+            lines = {i * len(old) + part: line for part, path in enumerate(old) for i, line in enumerate(_lines(path))}
+        for path in old:
+            path.unlink()
+        n_parts, n_kept = self._n_parts(trainer), 0
+        for part in range(n_parts):
+            share = range(part, len(data.prompts), n_parts) if lines else range(0)
+            answered = next((i for i, prompt in enumerate(share) if prompt not in lines), len(share))
+            # As the batches were: a reply's last digits depend on what it shares a batch with. Each process has at least one to do.
+            kept = min(answered, len(share) - 1) // data.batch_size * data.batch_size if share else 0
+            self._part(trainer, part).write_text("".join(lines[prompt] for prompt in share[:kept]), encoding="utf-8")
+            n_kept += kept
+        if n_kept:
+            rank_zero_info(f"{n_kept} replies are there from a predict that was broken off; going on after them (without {state}: anew)")
+        state.write_text(key, encoding="utf-8")
+
+    def _share(self, trainer: Trainer) -> tuple[int, int]:
+        return divmod(trainer.global_rank, trainer.world_size // self._n_parts(trainer))
+
+    def _state(self, trainer: Trainer) -> Path:
+        return self._folder(trainer) / f"{self.filename}.state"
 
     def _n_parts(self, trainer: Trainer) -> int:
         shares = trainer.distributed_sampler_kwargs
@@ -80,6 +121,20 @@ class PredictionWriter(BasePredictionWriter):
 
     def _part(self, trainer: Trainer, part: int) -> Path:
         return self._folder(trainer) / f"{self.filename}.part{part}"
+
+
+def _lines(path: Path) -> list[str]:
+    """The whole lines of a file; a kill may have cut the last one short."""
+    with path.open(encoding="utf-8", newline="\n") as file:
+        return [line for line in file if line.endswith("\n")]
+
+
+def _key(trainer: Trainer, pl_module: LightningModule, data: Any) -> str:
+    """What replies depend on; empty where that is not known."""
+    path = trainer.ckpt_path
+    if path is None or not Path(path).is_file() or not hasattr(data, "prediction_key"):
+        return ""
+    return f"{written_at(path)} {type(pl_module).__qualname__} {data.prediction_key}"
 
 
 def _interleave(parts: Sequence[Path], target: Path) -> None:

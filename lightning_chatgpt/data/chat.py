@@ -149,6 +149,7 @@ class ChatDataModule(TokenDataModule[Conversation]):
         self.supervise = supervise
         self.max_new_tokens = max_new_tokens
         self.prompts: list[Conversation] = []
+        self.n_predicted = 0  # of this process's prompts, by an earlier predict that was broken off
         self._reading = SourceReport()
 
     # What the base asks.
@@ -249,11 +250,16 @@ class ChatDataModule(TokenDataModule[Conversation]):
         return DataLoader(
             self.prompts,  # type: ignore[arg-type]
             batch_size=self.batch_size,
-            sampler=ShardSampler(range(len(self.prompts)), **self._ranks()),
+            sampler=ShardSampler(range(len(self.prompts)), n_read=self.n_predicted, **self._ranks()),
             num_workers=self.num_workers,
             worker_init_fn=shield_from_signals,
             collate_fn=partial(_collate_chats, tokenizer=self.tokenizer, max_length=room, max_new_tokens=self.max_new_tokens),
         )
+
+    @property
+    def prediction_key(self) -> str:
+        """What the answers to the prompts depend on, beside the model."""
+        return key_of([chat.digest.hex() for chat in self.prompts], self.max_length, self.max_new_tokens)
 
     # How it is done.
 

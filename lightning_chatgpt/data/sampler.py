@@ -114,13 +114,14 @@ class ShardSampler(DistributedSampler[Any]):
 
     Args:
         rows: What is read.
+        n_read: Rows of its share that this process has read already, and begins behind.
         rank: Which process this is, from 0.
         world_size: How many processes read.
     """
 
-    def __init__(self, rows: Sequence[Any], *, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(self, rows: Sequence[Any], *, n_read: int = 0, rank: int = 0, world_size: int = 1) -> None:
         super().__init__(_Numbers(len(rows)), num_replicas=world_size, rank=rank, shuffle=False)
-        self.share = rows[rank::world_size]
+        self.share = rows[rank::world_size][n_read:]
 
     def __iter__(self) -> Iterator[Any]:
         """The rows of this process."""

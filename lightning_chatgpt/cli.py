@@ -29,7 +29,7 @@ from lightning_chatgpt.callbacks.resume import ExactResume
 from lightning_chatgpt.callbacks.samples import SampleGeneration
 from lightning_chatgpt.callbacks.stopping import GracefulStop, ProcessWatch
 from lightning_chatgpt.callbacks.throughput import TokenThroughput
-from lightning_chatgpt.checkpoints.file import check_checkpoint, read_plain
+from lightning_chatgpt.checkpoints.file import read_plain
 from lightning_chatgpt.checkpoints.folder import best_checkpoint, newest_checkpoint
 from lightning_chatgpt.checkpoints.plugin import DurableCheckpointIO
 from lightning_chatgpt.commands.inspect import InspectTrainer
@@ -262,8 +262,6 @@ def _quieten() -> None:
 def _find_checkpoint(name: str, folder: Path) -> Path | None:
     """The checkpoint file; ``last`` and ``best`` are looked for in the run folder, and so is ``auto``, which may be none."""
     checkpoints = folder / "checkpoints"
-    if "://" in name:
-        raise ConfigError(f"ckpt_path {name}: checkpoints are read from files only; download it, and name the file")
     if name in ("last", "auto", "best"):
         found = best_checkpoint(checkpoints) if name == "best" else newest_checkpoint(checkpoints)
         if found is None and name == "auto":
@@ -275,9 +273,7 @@ def _find_checkpoint(name: str, folder: Path) -> Path | None:
         elif name != "best":
             rank_zero_info(f"ckpt_path {name}: going on from {found}")
         return found
-    if not Path(name).is_file():
-        raise ConfigError(f"ckpt_path {name}: there is no {name}; name a .ckpt file, or leave it out to start anew")
-    check_checkpoint(name)
+    read_plain(name)
     return Path(name)
 
 

@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_chatgpt.chat.conversation import Message
+from lightning_chatgpt.chat.deadline import TookTooLong, within
 from lightning_chatgpt.chat.template import Segment, Template, Turn, framed_template
 from lightning_chatgpt.errors import ConfigError, DataError, nearest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+_SECONDS = 2  # any real one takes less than a thousandth of it
 _MARK = re.compile("\ue0f0(\\d+)\ue0f1")
 TOKEN_IN_TEMPLATE = re.compile(r"<\|[\w.-]+\|>")  # how nearly all templates write their control tokens
 STOP_PROBE = (Message("user", "Hello"), Message("assistant", "Hi"))
@@ -140,15 +143,21 @@ class JinjaTemplate(Template):
         from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        render: Any = render_jinja_template
+        function: Any = render_jinja_template
+        render = partial(
+            function,
+            conversations=[list(messages)],
+            chat_template=self.jinja,
+            return_assistant_tokens_mask=wants_spans,
+            add_generation_prompt=is_prompt,
+            **self.variables,
+        )
         try:
-            rendered, spans = render(
-                conversations=[list(messages)],
-                chat_template=self.jinja,
-                return_assistant_tokens_mask=wants_spans,
-                add_generation_prompt=is_prompt,
-                **self.variables,
-            )
+            rendered, spans = within(_SECONDS, render)
+        except TookTooLong:
+            raise DataError(
+                f"the template takes more than {_SECONDS} s to write a conversation of {len(messages)} messages; take another template"
+            ) from None
         except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError) as error:
             line = getattr(error, "lineno", None)
             place = f" (line {line})" if line else ""

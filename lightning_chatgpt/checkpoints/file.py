@@ -95,6 +95,8 @@ def read_plain(path: str | Path, *, mmap: bool = True) -> dict[str, Any]:
     """
     import torch
 
+    if "://" in str(path):
+        raise ModelError(f"{path}: checkpoints are read from files only; download it, and name the file")
     if os.environ.get(_OVERRIDE, "0").lower() not in ("", "0", "false", "n", "no"):
         raise ModelError(f"{path}: is not read while {_OVERRIDE} is set, which lets checkpoints run code; unset it")
     check_checkpoint(path)

@@ -36,7 +36,7 @@ class DurableCheckpointIO(CheckpointIO):
         Raises:
             ModelError: It is not there, damaged, or holds more than plain data; or it is a URL.
         """
-        return read_plain(_local(path), mmap=False)  # a file that is gone while its pages are in use would end the process
+        return read_plain(path, mmap=False)  # a file that is gone while its pages are in use would end the process
 
     def remove_checkpoint(self, path: str | Path) -> None:
         """Remove a checkpoint, if it is there."""

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from lightning_chatgpt.chat.tokenizer import check_same_template, load_tokenizer, token_byte_lengths, tokenizer_from_state, tokenizer_state
+from lightning_chatgpt.checkpoints.file import read_plain
 from lightning_chatgpt.errors import ConfigError, ModelError
 from lightning_chatgpt.generation.generate import generate_replies
 from lightning_chatgpt.metrics.perplexity import BitsPerByte, MeanLoss, Perplexity, TokenAccuracy
@@ -37,6 +38,7 @@ from lightning_chatgpt.models.optim import (
     build_optimizer,
     build_schedule,
     check_optimization,
+    check_saved_classes,
     matrix_names,
     optimizer_class,
     set_optimization,
@@ -231,6 +233,22 @@ class CausalLMModule(ShardableModule):
             raise ConfigError("a model from scratch needs a tokenizer; train with a ChatDataModule or a TextDataModule")
         self._install(self.build_network(tokenizer), tokenizer)
 
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *arguments: Any, **settings: Any) -> Any:
+        """Load a module from a checkpoint file of plain data; that never runs code.
+
+        Args:
+            checkpoint_path: The file.
+            *arguments: As Lightning's own takes them.
+            **settings: Likewise, and settings of this class that are to be others than the checkpoint's. A class that its own name is
+                one of a module that is imported already.
+
+        Raises:
+            ModelError: It is not there, damaged, holds more than plain data, or names a class of a module that is not imported.
+        """
+        check_saved_classes({**read_plain(checkpoint_path).get(cls.CHECKPOINT_HYPER_PARAMS_KEY, {}), **settings})
+        return super().load_from_checkpoint(checkpoint_path, *arguments, **{**settings, "weights_only": True})
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what a checkpoint needs to stand alone: architecture and tokenizer, as plain text."""
         checkpoint[build.CHECKPOINT_KEY] = self._description()
@@ -277,6 +295,7 @@ class CausalLMModule(ShardableModule):
         Raises:
             ConfigError: It was made with an optimizer whose state another cannot take over.
         """
+        check_saved_classes(saved)
         then, now = (optimizer_class(optimizer) for optimizer in (saved.get("optimizer", self.optimizer), self.optimizer))
         if then is not now:
             raise ConfigError(

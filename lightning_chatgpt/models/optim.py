@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import sys
 import warnings
 from collections.abc import Collection, Iterable, Mapping
 from importlib import import_module
@@ -15,7 +16,7 @@ from torch import nn
 from torch.optim import LBFGS, AdamW, Muon, Optimizer, SparseAdam
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
-from lightning_chatgpt.errors import ConfigError, nearest
+from lightning_chatgpt.errors import ConfigError, ModelError, nearest
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -178,6 +179,26 @@ def learning_rate_factor(step: int, *, schedule: str, warmup_steps: float, decay
 def optimizer_class(optimizer: str | Mapping[str, Any]) -> type:
     """The class that ``model.optimizer`` names."""
     return _choice("model.optimizer", optimizer, torch.optim, Optimizer)[0]
+
+
+def check_saved_classes(settings: Mapping[str, Any]) -> None:
+    """Make sure that settings out of a checkpoint name no class whose module would have to be imported, which would run its code.
+
+    Args:
+        settings: The hyper-parameters it was saved with.
+
+    Raises:
+        ModelError: They do.
+    """
+    for name in ("optimizer", "schedule"):
+        choice = settings.get(name)
+        path = choice.get("class_path") if isinstance(choice, Mapping) else choice
+        module_name = path.rpartition(".")[0] if isinstance(path, str) else ""
+        if module_name and module_name not in sys.modules:
+            raise ModelError(
+                f"the checkpoint's model.{name} is {path}, of a module that is not imported, and loading a checkpoint runs no code; "
+                f"import {module_name} first if you trust it"
+            )
 
 
 def build_schedule(

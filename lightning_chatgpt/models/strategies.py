@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from lightning_chatgpt.checkpoints.file import read_plain
 from lightning_chatgpt.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -69,10 +70,11 @@ class ShardedStrategy(ModelParallelStrategy):
         return True
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read a checkpoint, and load the network's shards."""
+        """Read a checkpoint of plain data, and load the network's shards."""
+        read_plain(checkpoint_path)  # whole, and without code
         optimizers, self.optimizers = self.optimizers, []  # Lightning takes their states for one group's, whoever saved them
         try:
-            return super().load_checkpoint(checkpoint_path, weights_only)
+            return super().load_checkpoint(checkpoint_path, True)
         finally:
             self.optimizers = optimizers
 

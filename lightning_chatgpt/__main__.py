@@ -11,6 +11,7 @@ from lightning_chatgpt import __version__
 from lightning_chatgpt.errors import ConfigError, UserError
 from lightning_chatgpt.memory import uncollected
 from lightning_chatgpt.processes import end_with_parent
+from lightning_chatgpt.versions import check_versions
 
 _TRAINER_VERBS = {
     "inspect": "see what the data holds and what the model will be fed",
@@ -50,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         elif verb == "--version":
             print(f"lightning-chatgpt {__version__}")
         elif verb in _TRAINER_VERBS:
+            check_versions()
             if os.environ.get("LOCAL_RANK", "0") != "0":
                 end_with_parent()
             # Only once in a process: what an earlier run left is garbage.
@@ -58,6 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
             run_trainer_verb(arguments)
         elif verb in _COMMANDS:
+            check_versions()
             from lightning_chatgpt.commands import run_command
 
             run_command(verb, arguments[1:])

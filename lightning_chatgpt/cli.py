@@ -10,13 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins import CheckpointIO
-from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_only, rank_zero_warn
 from transformers.utils import logging as transformers_logging
 
 from lightning_chatgpt.arguments import OneLineParser, union_reason
@@ -30,7 +29,6 @@ from lightning_chatgpt.callbacks.samples import SampleGeneration
 from lightning_chatgpt.callbacks.stopping import GracefulStop, ProcessWatch
 from lightning_chatgpt.callbacks.throughput import TokenThroughput
 from lightning_chatgpt.checkpoints.file import read_plain
-from lightning_chatgpt.checkpoints.folder import best_checkpoint, newest_checkpoint
 from lightning_chatgpt.checkpoints.plugin import DurableCheckpointIO
 from lightning_chatgpt.commands.inspect import InspectTrainer
 from lightning_chatgpt.configuration import check_keys, resolve_arguments
@@ -39,51 +37,13 @@ from lightning_chatgpt.errors import ConfigError, UserError
 from lightning_chatgpt.memory import keep_freed_memory
 from lightning_chatgpt.models.causal_lm import CausalLMModule
 from lightning_chatgpt.precision import ChatTrainer
+from lightning_chatgpt.run_folder import RunFolder, find_checkpoint, run_files
 
-_RUN_FILES = (
-    "config.yaml",
-    "metrics.csv",
-    "metrics.*.csv",
-    "samples.jsonl",
-    "samples.*.jsonl",
-    "predictions.jsonl",
-    "checkpoints",
-    "hf",
-    "tensorboard",
-    "plots",
-)
 _CLASSES = {"model": CausalLMModule, "data": ChatDataModule}
 
 
 class ChatArgumentParser(OneLineParser, LightningArgumentParser):
     """Lightning's, whose errors are one line."""
-
-
-class RunFolder(SaveConfigCallback):
-    """Keeps a run's folder: writes its ``config.yaml``, and clears what an earlier run left, unless it is gone on with.
-
-    Args:
-        parser: The parser of the verb.
-        config: What was parsed.
-    """
-
-    def __init__(self, parser: LightningArgumentParser, config: Namespace) -> None:
-        folder = Path(config["trainer"]["default_root_dir"])
-        # With neither resuming nor overwriting asked for, these are left from a start that failed before training.
-        self.to_remove = [] if config["ckpt_path"] else _run_files(folder)
-        config = config.clone()
-        # The saved config serves every verb, and must not remove what it made, or go on with it, when it is run again.
-        del config["overwrite"]
-        config["ckpt_path"] = None
-        super().__init__(parser, config, overwrite=True, save_to_log_dir=False)
-
-    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write the config, on the first process only, once the data was read and found good."""
-        folder = Path(trainer.default_root_dir)
-        for path in self.to_remove:  # listed before this run's loggers made files of their own
-            path.unlink(missing_ok=True)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.parser.save(self.config, folder / self.config_filename, skip_none=False, overwrite=True)
 
 
 class ChatCLI(LightningCLI):
@@ -172,9 +132,9 @@ class ChatCLI(LightningCLI):
         if config.get("weights_only") is False:
             raise ConfigError("weights_only false would let a checkpoint run code; checkpoints here are plain data: leave it out")
         if config["ckpt_path"] is not None:
-            found = _find_checkpoint(config["ckpt_path"], folder)
+            found = find_checkpoint(config["ckpt_path"], folder)
             config["ckpt_path"] = str(found) if found is not None else None
-        taken = [path for path in _run_files(folder) if path.name == "config.yaml" or path.suffix == ".ckpt"]
+        taken = [path for path in run_files(folder) if path.name == "metrics.csv" or path.suffix == ".ckpt"]
         if config.get("overwrite") and config["ckpt_path"] is not None:
             raise ConfigError("overwrite and ckpt_path exclude each other: a run is removed or gone on with; leave one out")
         if self.subcommand not in ("fit", "inspect") and taken and config["ckpt_path"] is None:
@@ -257,27 +217,3 @@ def _quieten() -> None:
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.getMessage())
     transformers_logging.disable_progress_bar()
-
-
-def _find_checkpoint(name: str, folder: Path) -> Path | None:
-    """The checkpoint file; ``last`` and ``best`` are looked for in the run folder, and so is ``auto``, which may be none."""
-    checkpoints = folder / "checkpoints"
-    if name in ("last", "auto", "best"):
-        found = best_checkpoint(checkpoints) if name == "best" else newest_checkpoint(checkpoints)
-        if found is None and name == "auto":
-            rank_zero_info(f"ckpt_path auto: there is no checkpoint in {checkpoints}; starting anew")
-        elif found is None:
-            raise ConfigError(
-                f"ckpt_path {name}: there is no whole checkpoint in {checkpoints}; name a .ckpt file, or leave it out to start anew"
-            )
-        elif name != "best":
-            rank_zero_info(f"ckpt_path {name}: going on from {found}")
-        return found
-    read_plain(name)
-    return Path(name)
-
-
-def _run_files(folder: Path) -> list[Path]:
-    """The files that an earlier run left in a folder."""
-    found = [path for name in _RUN_FILES for path in folder.glob(name)]
-    return [path for entry in found for path in (entry, *entry.rglob("*")) if path.is_file()]

@@ -14,6 +14,7 @@ FLOORS = {
     "errors": 0,
     "arguments": 1,
     "processes": 1,
+    "versions": 1,
     "checkpoints": 2,
     "hub": 1,
     "memory": 1,
@@ -29,6 +30,7 @@ FLOORS = {
     "data": 3,
     "commands": 4,
     "configuration": 4,
+    "run_folder": 4,
     "cli": 5,
     "__main__": 6,
 }

@@ -17,8 +17,6 @@ from lightning_chatgpt.errors import ConfigError, SaveError
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-_GIB = 2**30
-
 
 class RunCheckpoint(ModelCheckpoint):
     """Lightning's ModelCheckpoint, with ``last.ckpt`` written at every validation, at times between, and when training ends.
@@ -178,9 +176,13 @@ class RunCheckpoint(ModelCheckpoint):
         free = shutil.disk_usage(folder).free + there
         if size * n_files > free:
             raise SaveError(
-                f"{folder}: the disk has {free / _GIB:.1f} GiB for checkpoints, and this run needs {size * n_files / _GIB:.1f} "
-                f"({n_files} files of {size / _GIB:.1f}); make room, lower checkpoint.save_top_k, or name another trainer.default_root_dir"
+                f"{folder}: the disk has {_size(free)} for checkpoints, and this run needs {_size(size * n_files)} "
+                f"({n_files} files of {_size(size)}); make room, lower checkpoint.save_top_k, or name another trainer.default_root_dir"
             )
+
+
+def _size(n_bytes: int) -> str:
+    return f"{n_bytes / 2**30:.1f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.1f} MiB"
 
 
 def save_last(trainer: Trainer) -> Path:

@@ -121,6 +121,8 @@ def load_tokenizer(folder: str | Path, *, template: str | None = None) -> PreTra
     except (OSError, ValueError, KeyError) as error:
         first_line = str(error).strip().split("\n")[0]
         raise ModelError(f"{folder}: no tokenizer could be loaded ({first_line}); it needs a tokenizer.json") from None
+    if tokenizer.vocab_size < 2:  # transformers makes an empty one of a model's config alone
+        raise ModelError(f"{folder}: holds no tokenizer (no tokenizer.json, and no vocab.json with merges.txt); put the model's own there")
     if not getattr(tokenizer, "is_fast", False):
         raise ModelError(f"{folder}: the tokenizer has no tokenizer.json; save it again with a fast tokenizer")
     return set_template(tokenizer, template)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import stat
 import time
 from collections.abc import Mapping
 from functools import lru_cache
@@ -25,6 +26,7 @@ _TITLE = b"lightning_chatgpt xxh3-128 "
 _COMMENT_LENGTH = len(_TITLE) + 32 + 1 + 20  # the digest in hexadecimal, a blank, nanoseconds since 1970
 _LENGTH_FIELD = 2  # bytes; the last entry of a zip archive without a comment tells that there is none
 _CHUNK = 1 << 22
+_MAGIC = b"PK"  # of a zip archive
 _OVERRIDE = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 
 
@@ -100,12 +102,16 @@ def read_plain(path: str | Path, *, mmap: bool = True) -> dict[str, Any]:
     if os.environ.get(_OVERRIDE, "0").lower() not in ("", "0", "false", "n", "no"):
         raise ModelError(f"{path}: is not read while {_OVERRIDE} is set, which lets checkpoints run code; unset it")
     check_checkpoint(path)
+    with open(path, "rb") as file:
+        if file.read(len(_MAGIC)) != _MAGIC:
+            raise ModelError(f"{path}: is no checkpoint (it does not begin as one); name a .ckpt file, or take another")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError:
         raise ModelError(f"{path}: holds more than plain data, which could run code; it is not read") from None
     except (RuntimeError, EOFError, ValueError, OSError) as error:
-        raise ModelError(f"{path}: cannot be read as a checkpoint ({str(error).splitlines()[0]}); take another") from None
+        reason = str(error).splitlines()[0].split(". ")[0]
+        raise ModelError(f"{path}: cannot be read, it seems to be cut short or damaged ({reason}); take another checkpoint") from None
     if not isinstance(checkpoint, dict):
         raise ModelError(f"{path}: is no checkpoint, but a {type(checkpoint).__name__}; name a .ckpt file")
     return checkpoint
@@ -164,6 +170,8 @@ def _state_of(path: str | Path) -> tuple[int, int, int]:
         found = os.stat(path)
     except OSError as error:
         raise ModelError(f"{path}: no such checkpoint ({error.strerror})") from None
+    if stat.S_ISDIR(found.st_mode):
+        raise ModelError(f"{path}: is a folder, no checkpoint; name a .ckpt file")
     return found.st_ino, found.st_size, found.st_mtime_ns
 
 

@@ -92,6 +92,7 @@ def find_pretrained(name: str) -> Path:
 
 def _download(name: str) -> Path:
     from huggingface_hub import snapshot_download
+    from huggingface_hub.constants import HF_HUB_CACHE
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     def snapshot(*, local_files_only: bool) -> Path:
@@ -109,8 +110,8 @@ def _download(name: str) -> Path:
     reason = hub_problem()
     if reason is not None:
         raise ModelError(
-            f"{name}: no such folder here, not in the cache, and the hub cannot be reached ({reason}); "
-            "connect and try again, or name a local folder or builtin:smalltalk"
+            f"{name}: no such folder here, not in the cache ({HF_HUB_CACHE}), and the hub cannot be reached ({reason}); connect and try "
+            f"again, or name a folder that holds it (hf download {name} --local-dir FOLDER, where there is a network)"
         )
     try:
         folder = snapshot(local_files_only=False)
@@ -275,6 +276,12 @@ def build_network(
                 f"model.architecture says {key}: {value}, but the weights of model.pretrained have {there}; "
                 "remove it, or set model.pretrained to null to start from scratch"
             )
+    n_rows, n_entries = getattr(config, "vocab_size", None), tokenizer.vocab_size  # control tokens that were added aside
+    if n_rows is not None and n_entries > n_rows:
+        raise ModelError(
+            f"{folder}: its tokenizer has {n_entries} entries, and its weights are for {n_rows}; put the tokenizer there that they were "
+            "trained with"
+        )
     check_weights(folder)
     settings: Any = {"quantization_config": quantization_config()} if quantized else {}
     try:

@@ -1,0 +1,84 @@
+"""What lightning_chatgpt.callbacks.loops takes Lightning's private loops to be. Where this fails, that file is to be looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lightning.pytorch import Callback
+
+from lightning_chatgpt import CausalLMModule, ChatDataModule
+from lightning_chatgpt.callbacks.loops import Position, position_of
+from tests.conftest import ARCHITECTURE, chat, trainer
+
+COUNTERS = {"ready", "started", "processed", "completed"}
+
+
+class Places(Callback):
+    """Keeps the run's position in every hook, with what Lightning calls the hook."""
+
+    def __init__(self) -> None:
+        self.places: list[tuple[str, Position]] = []
+        self.loops: dict[str, Any] = {}
+
+    def _note(self, trainer: Any, pl_module: Any, *arguments: Any) -> None:
+        if not trainer.sanity_checking:
+            self.places.append((pl_module._current_fx_name, position_of(trainer)))
+            self.loops = trainer.fit_loop.state_dict()
+
+    on_train_batch_start = on_train_batch_end = on_train_epoch_end = on_train_end = _note
+    on_validation_start = on_validation_batch_end = on_validation_end = _note
+
+
+@pytest.fixture
+def places(tmp_path: Path, write_chats: Callable[..., Path]) -> Places:
+    path = str(write_chats([chat(f"question {i}", "answer") for i in range(8)]))
+    found = Places()
+    data = ChatDataModule(train=path, validation=path, max_leak=None, vocab_size=300, batch_size=2)
+    run = trainer(tmp_path, callbacks=[found], max_epochs=2, accumulate_grad_batches=3, limit_val_batches=1, log_every_n_steps=1)
+    run.fit(CausalLMModule(architecture=ARCHITECTURE), data)
+    return found
+
+
+def test_the_place_in_every_hook(places: Places) -> None:
+    """Four micro-batches an epoch, three to a step: a step after the third, and one after the last. Written by hand."""
+
+    def at(epoch: int, n_batches: int, n_all: int, n_steps: int, is_last: bool = False, needs_validation: bool = False) -> Position:
+        return Position(epoch, n_batches, n_all, n_steps, is_last, needs_validation)
+
+    one_epoch = [
+        ("on_train_batch_start", at(0, 0, 0, 0)),
+        ("on_train_batch_end", at(0, 0, 0, 0)),  # one is done, and is done again
+        ("on_train_batch_start", at(0, 0, 0, 0)),
+        ("on_train_batch_end", at(0, 0, 0, 0)),
+        ("on_train_batch_start", at(0, 0, 0, 0)),
+        ("on_train_batch_end", at(0, 3, 3, 1)),
+        ("on_train_batch_start", at(0, 3, 3, 1)),
+        ("on_train_batch_end", at(0, 4, 4, 2, True, True)),
+        ("on_validation_start", at(0, 4, 4, 2, True, True)),
+        ("on_validation_batch_end", at(0, 4, 4, 2, True, True)),
+        ("on_validation_end", at(0, 4, 4, 2, True, False)),
+        ("on_train_epoch_end", at(1, 0, 4, 2)),
+    ]
+    n = len(one_epoch)
+    assert places.places[:n] == one_epoch
+    second = [(hook, p._replace(epoch=p.epoch + 1, n_all_batches=p.n_all_batches + 4, n_steps=p.n_steps + 2)) for hook, p in one_epoch]
+    assert places.places[n : 2 * n] == second
+    assert places.places[2 * n :] == [("on_train_end", at(2, 0, 8, 4))]
+
+
+def test_what_a_checkpoint_holds_of_the_loops(places: Places) -> None:
+    assert places.loops.keys() >= {
+        "epoch_loop.state_dict",
+        "epoch_loop.batch_progress",
+        "epoch_loop.val_loop.batch_progress",
+        "epoch_progress",
+    }
+    assert places.loops["epoch_loop.state_dict"].keys() == {"_batches_that_stepped"}
+    for name in ("epoch_loop.batch_progress", "epoch_loop.val_loop.batch_progress"):
+        assert places.loops[name].keys() == {"total", "current", "is_last_batch"}
+        assert places.loops[name]["total"].keys() == places.loops[name]["current"].keys() == COUNTERS
+    assert places.loops["epoch_progress"].keys() == {"total", "current"}
+    assert places.loops["epoch_progress"]["current"].keys() == COUNTERS

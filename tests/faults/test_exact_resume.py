@@ -1,4 +1,4 @@
-"""A run that was stopped and goes on equals, to the last bit, one that was not: wherever it was stopped, and with another global seed."""
+"""A run that goes on equals, to the last bit, one that was not stopped: in whatever hook it was saved, and with another global seed."""
 
 from __future__ import annotations
 
@@ -103,9 +103,9 @@ CASES = {
     "text-workers": ("text", {"batch_size": 3, "num_workers": 2}, {}),
     "validation-amid-epochs": ("chat", {"batch_size": 2}, {"val_check_interval": 4, "accumulate_grad_batches": 2}),
     "validation-amid-accumulation": ("chat", {"batch_size": 2}, {"val_check_interval": 2, "accumulate_grad_batches": 3}),
-    "validation-across-epochs": ("chat", {}, {"val_check_interval": 4, "check_val_every_n_epoch": None}),
+    "validation-across-epochs": ("chat", {}, {"val_check_interval": 4, "check_val_every_n_epoch": None, "max_epochs": 3}),
     "no-validation": ("chat", {}, {"limit_val_batches": 0}),
-    "validation-every-other-epoch": ("chat", {}, {"check_val_every_n_epoch": 2}),
+    "validation-every-other-epoch": ("chat", {}, {"check_val_every_n_epoch": 2, "max_epochs": 3}),
 }
 
 
@@ -116,8 +116,8 @@ def test_a_run_resumed_after_any_step_is_the_run_that_was_not_stopped(name: str,
     def fit(seed: int, ckpt_path: Path | None = None, *callbacks: Callback) -> tuple[Diary, Log, str]:
         seed_everything(seed, verbose=False)
         diary, log = Diary(), Log()
-        settings = {"max_epochs": 3, "log_every_n_steps": 2, "num_sanity_val_steps": 0}
-        run = trainer(tmp_path, callbacks=[diary, ExactResume(), *callbacks], logger=log, **settings, **trainer_settings)
+        settings = {"max_epochs": 2, "log_every_n_steps": 2, "num_sanity_val_steps": 0}
+        run = trainer(tmp_path, callbacks=[diary, ExactResume(), *callbacks], logger=log, **{**settings, **trainer_settings})
         module = CausalLMModule(architecture={**ARCHITECTURE, "n_layer": 1}, learning_rate=1e-2, warmup_steps=2)
         run.fit(module, datamodule=make_data(kind, **data_settings), ckpt_path=ckpt_path)
         return diary, log, digest(module, run)
@@ -125,7 +125,8 @@ def test_a_run_resumed_after_any_step_is_the_run_that_was_not_stopped(name: str,
     saving = Saving(tmp_path)
     diary, log, end = fit(0, None, saving)
     assert len({content for _, _, content in diary.batches}) > len(diary.batches) // 3
-    for seed, (path, n_rows) in enumerate(saving.saved, start=1):
+    # Every other one: all hooks and steps come up among the cases.
+    for seed, (path, n_rows) in list(enumerate(saving.saved, start=1))[list(CASES).index(name) % 2 :: 2]:
         after, logged, there = fit(seed, path)
         assert there == end, path
         assert after.batches == diary.batches[len(diary.batches) - len(after.batches) :], path

@@ -85,7 +85,7 @@ def test_no_way_of_loading_a_checkpoint_runs_code(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("verb", ["fit", "validate", "predict", "chat", "export"])
+@pytest.mark.parametrize("verb", ["fit", "predict", "chat"])
 def test_no_verb_runs_code(verb: str, canary: tuple[Path, Path], tmp_path: Path) -> None:
     path, hit = canary
     write_project(tmp_path)

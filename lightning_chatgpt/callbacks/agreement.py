@@ -10,7 +10,7 @@ import torch.distributed as dist
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
-_groups: dict[int, dist.ProcessGroup] = {}  # by the default group's identity
+_groups: list[tuple[object, dist.ProcessGroup]] = []  # the default group, and the one beside it
 
 
 def any_process(trainer: Trainer, flag: bool) -> bool:
@@ -41,8 +41,7 @@ def _reduced(trainer: Trainer, number: int, operation: dist.ReduceOp.RedOpType) 
 
 
 def _group() -> dist.ProcessGroup:
-    key = id(dist.group.WORLD)
-    if key not in _groups:
-        _groups.clear()
-        _groups[key] = dist.new_group(backend="gloo")
-    return _groups[key]
+    default = dist.group.WORLD
+    if not _groups or _groups[0][0] is not default:
+        _groups[:] = [(default, dist.new_group(backend="gloo"))]
+    return _groups[0][1]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_chatgpt.callbacks.agreement import any_process
+from lightning_chatgpt.callbacks.loops import has_validated
 from lightning_chatgpt.checkpoints.folder import remove_parts
 from lightning_chatgpt.errors import ConfigError, SaveError
 
@@ -130,6 +131,11 @@ class RunCheckpoint(ModelCheckpoint):
         )
         if best and self.kth_best_model_path not in best:
             self.kth_best_model_path = (max if self.mode == "min" else min)(best, key=lambda path: best[path])
+
+    def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Any]) -> None:
+        """Write one of the best; nothing where training ends before the first validation."""
+        if self.monitor is None or self.monitor in monitor_candidates or has_validated(trainer):
+            super()._save_topk_checkpoint(trainer, monitor_candidates)
 
     def _save_last(self, trainer: Trainer) -> None:
         if self._last_global_step_saved != trainer.global_step and not trainer.fast_dev_run:  # type: ignore[attr-defined]

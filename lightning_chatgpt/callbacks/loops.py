@@ -103,6 +103,11 @@ def go_on_from(trainer: Trainer, position: Position) -> None:
     loop._batches_that_stepped = position.n_steps - int(_is_validation_due(trainer))
 
 
+def has_validated(trainer: Trainer) -> bool:
+    """Whether the run has been through a validation, so that what it logs is known."""
+    return trainer.fit_loop.epoch_loop.val_loop._has_run
+
+
 def _is_validation_due(trainer: Trainer) -> bool:
     fetcher: Any = trainer.fit_loop._data_fetcher
     return trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_chatgpt.callbacks.agreement import any_process
-from lightning_chatgpt.callbacks.loops import has_validated
+from lightning_chatgpt.callbacks.internals import has_validated
 from lightning_chatgpt.checkpoints.folder import remove_parts
 from lightning_chatgpt.errors import ConfigError, SaveError
 

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import Callback
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
-from lightning_chatgpt.callbacks.loops import Position, go_on_from, position_of, write_position
+from lightning_chatgpt.callbacks.internals import Position, go_on_from, position_of, write_position
 from lightning_chatgpt.callbacks.records import records_of
 
 if TYPE_CHECKING:

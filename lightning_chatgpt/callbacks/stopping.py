@@ -14,13 +14,14 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_chatgpt.callbacks.agreement import any_process, least
 from lightning_chatgpt.callbacks.checkpoint import save_last
+from lightning_chatgpt.callbacks.internals import environment_of
 from lightning_chatgpt.processes import end_with_parent, end_within
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
 _LEAVE_SECONDS = 10  # for loggers and process groups to close; then a process is ended
-_CODES = {"SIGINT": 130, "SIGTERM": 143, "SIGUSR1": 143}
+_SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")
 
 
 class Stopped(SystemExit):
@@ -43,11 +44,11 @@ class GracefulStop(Callback):
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listen."""
-        self._listen()
+        self._listen(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listen."""
-        self._listen()
+        self._listen(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Stop before the next batch."""
@@ -83,21 +84,22 @@ class GracefulStop(Callback):
 
     on_test_batch_end = on_predict_batch_end = on_validation_batch_end
 
-    def _listen(self) -> None:
-        for name in _CODES:
-            if hasattr(signal, name):
-                signal.signal(getattr(signal, name), self._note)
+    def _listen(self, trainer: Trainer) -> None:
+        numbers = {getattr(signal, name) for name in _SIGNALS if hasattr(signal, name)}
+        requeue = getattr(environment_of(trainer), "requeue_signal", None)
+        for number in numbers if requeue is None else {*numbers, requeue}:
+            signal.signal(number, self._note)
 
     def _note(self, number: int, frame: Any) -> None:
         if self._signal is not None and number == signal.SIGINT:
-            os._exit(_CODES["SIGINT"])
+            os._exit(_code(signal.SIGINT))
         if self._signal is None and number == signal.SIGINT:
             # Not print: it may be interrupted amid another print.
             os.write(2, b"\nstopping after this batch and saving; press Ctrl-C again to leave at once\n")
         self._signal = self._signal or signal.Signals(number)
 
     def _begin_evaluation(self, trainer: Trainer, n_batches: list[int | float]) -> None:
-        self._listen()
+        self._listen(trainer)
         first = n_batches[0] if n_batches else 0
         self._n_batches = least(trainer, int(first) if first != float("inf") else 0)
 
@@ -115,12 +117,12 @@ class GracefulStop(Callback):
         else:
             rank_zero_info(f"{name}: stopped")
         # A process that rank 0 has started tells it so by 0; else rank 0 would be killed before it can say 143.
-        is_child = isinstance(_environment(trainer), LightningEnvironment) and trainer.local_rank > 0
-        raise Stopped(0 if is_child else _CODES[name])
+        is_child = isinstance(environment_of(trainer), LightningEnvironment) and trainer.local_rank > 0
+        raise Stopped(0 if is_child else _code(self._signal))
 
     def _requeue(self, trainer: Trainer) -> None:
-        environment = _environment(trainer)
-        asked = any_process(trainer, self._signal is not None and self._signal.name == "SIGUSR1")
+        environment = environment_of(trainer)
+        asked = any_process(trainer, self._signal is not None and self._signal == getattr(environment, "requeue_signal", None))
         if not (asked and isinstance(environment, SLURMEnvironment) and environment.auto_requeue and trainer.is_global_zero):
             return
         array = os.environ.get("SLURM_ARRAY_JOB_ID")
@@ -153,5 +155,5 @@ class ProcessWatch(Callback):
             end_within(_LEAVE_SECONDS, code=code)
 
 
-def _environment(trainer: Trainer) -> Any:
-    return getattr(trainer.strategy, "cluster_environment", None)
+def _code(number: signal.Signals | None) -> int:
+    return 130 if number == signal.SIGINT else 143

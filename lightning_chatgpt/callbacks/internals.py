@@ -1,8 +1,8 @@
-"""Where a Trainer stands, and how to put it there again. All that is done with Lightning's private loops is done in this file.
+"""Where a Trainer stands, and how to put it there again. What is done with Lightning's private parts is done in this file.
 
 Lightning 2.6 saves how far its loops have come in the midst of their own book-keeping, and goes on in ways that depend on the hook a
 checkpoint was saved in: a validation is left out, an epoch is counted twice. Here a place in a run is a few numbers, whatever hook they
-were read in, and the loops are set to them. tests/callbacks/test_loops.py fails where another version of Lightning works otherwise.
+were read in, and the loops are set to them. tests/callbacks/test_internals.py fails where another version of Lightning works otherwise.
 """
 
 from __future__ import annotations
@@ -106,6 +106,11 @@ def go_on_from(trainer: Trainer, position: Position) -> None:
 def has_validated(trainer: Trainer) -> bool:
     """Whether the run has been through a validation, so that what it logs is known."""
     return trainer.fit_loop.epoch_loop.val_loop._has_run
+
+
+def environment_of(trainer: Trainer) -> Any:
+    """What starts the processes: SLURM, torchrun, Lightning itself."""
+    return trainer._accelerator_connector.cluster_environment
 
 
 def _is_validation_due(trainer: Trainer) -> bool:

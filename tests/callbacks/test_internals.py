@@ -1,4 +1,4 @@
-"""What lightning_chatgpt.callbacks.loops takes Lightning's private loops to be. Where this fails, that file is to be looked at."""
+"""What lightning_chatgpt.callbacks.internals takes Lightning's private loops to be. Where this fails, that file is to be looked at."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from lightning.pytorch import Callback
 
 from lightning_chatgpt import CausalLMModule, ChatDataModule
-from lightning_chatgpt.callbacks.loops import Position, position_of
+from lightning_chatgpt.callbacks.internals import Position, position_of
 from tests.conftest import ARCHITECTURE, chat, trainer
 
 COUNTERS = {"ready", "started", "processed", "completed"}

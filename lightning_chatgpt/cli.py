@@ -39,6 +39,7 @@ from lightning_chatgpt.models.causal_lm import CausalLMModule
 from lightning_chatgpt.precision import ChatTrainer
 from lightning_chatgpt.run_folder import RunFolder, find_checkpoint, run_files
 
+_LEFT_BY_A_START = {"config.yaml", "run.json", "samples.jsonl"}  # which may have failed before it trained
 _CLASSES = {"model": CausalLMModule, "data": ChatDataModule}
 
 
@@ -132,9 +133,11 @@ class ChatCLI(LightningCLI):
         if config.get("weights_only") is False:
             raise ConfigError("weights_only false would let a checkpoint run code; checkpoints here are plain data: leave it out")
         if config["ckpt_path"] is not None:
-            found = find_checkpoint(config["ckpt_path"], folder)
+            found = find_checkpoint(config["ckpt_path"], Path(config["checkpoint"]["dirpath"] or folder / "checkpoints"))
+            if found is not None and self.subcommand == "fit" and "optimizer_states" not in read_plain(found):
+                raise ConfigError(f"{found}: holds weights alone, and a run cannot go on from it; begin anew from it by model.pretrained")
             config["ckpt_path"] = str(found) if found is not None else None
-        taken = [path for path in run_files(folder) if path.name == "metrics.csv" or path.suffix == ".ckpt"]
+        taken = [path for path in run_files(folder) if path.name not in _LEFT_BY_A_START and path.parent.name != "tensorboard"]
         if config.get("overwrite") and config["ckpt_path"] is not None:
             raise ConfigError("overwrite and ckpt_path exclude each other: a run is removed or gone on with; leave one out")
         if self.subcommand not in ("fit", "inspect") and taken and config["ckpt_path"] is None:

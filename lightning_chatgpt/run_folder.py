@@ -12,10 +12,11 @@ from typing import Any
 from jsonargparse import Namespace
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
-from lightning_utilities.core.rank_zero import rank_zero_info
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_chatgpt.checkpoints.file import read_plain
 from lightning_chatgpt.checkpoints.folder import best_checkpoint, newest_checkpoint
+from lightning_chatgpt.data.serving import ServingDataModule
 from lightning_chatgpt.errors import ConfigError
 from lightning_chatgpt.versions import installed_versions
 
@@ -63,9 +64,11 @@ class RunFolder(SaveConfigCallback):
         folder.mkdir(parents=True, exist_ok=True)
         self.parser.save(self.config, folder / self.config_filename, skip_none=False, overwrite=True)
         path = folder / "run.json"
-        starts = json.loads(path.read_text(encoding="utf-8"))["starts"] if path.is_file() else []
+        starts = _earlier_starts(path)
         starts.append(_start_of(trainer, seed=self.config["seed_everything"]))
-        path.write_text(json.dumps({"starts": starts}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        part = path.with_name(f".{path.name}.part")
+        part.write_text(json.dumps({"starts": starts}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        part.replace(path)
 
 
 def run_files(folder: Path) -> list[Path]:
@@ -74,23 +77,22 @@ def run_files(folder: Path) -> list[Path]:
     return [path for entry in found for path in (entry, *entry.rglob("*")) if path.is_file()]
 
 
-def find_checkpoint(name: str, folder: Path) -> Path | None:
+def find_checkpoint(name: str, checkpoints: Path) -> Path | None:
     """The checkpoint file that a name stands for.
 
     Args:
         name: A file; or ``last``, ``best`` or ``auto``, which are looked for in the run folder, and of which the last may be none.
-        folder: The run folder.
+        checkpoints: The folder of the run's checkpoints.
 
     Raises:
-        ConfigError: There is none.
+        ConfigError: There is none, or ``auto`` would begin anew over files that cannot be read.
         ModelError: It is damaged, or no plain data.
     """
-    checkpoints = folder / "checkpoints"
     if name not in ("last", "auto", "best"):
         read_plain(name)
         return Path(name)
     found = best_checkpoint(checkpoints) if name == "best" else newest_checkpoint(checkpoints)
-    if found is None and name == "auto":
+    if found is None and name == "auto" and not any(checkpoints.glob("*.ckpt")):
         rank_zero_info(f"ckpt_path auto: there is no checkpoint in {checkpoints}; starting anew")
     elif found is None:
         raise ConfigError(
@@ -101,9 +103,20 @@ def find_checkpoint(name: str, folder: Path) -> Path | None:
     return found
 
 
+def _earlier_starts(path: Path) -> list[Any]:
+    try:
+        return list(json.loads(path.read_text(encoding="utf-8"))["starts"])
+    except FileNotFoundError:
+        return []
+    except (ValueError, KeyError, TypeError):
+        rank_zero_warn(f"{path}: cannot be read, and is begun anew")
+        return []
+
+
 def _start_of(trainer: Trainer, *, seed: Any) -> dict[str, Any]:
     """What a start is made of; ``data`` holds a digest of what was read from each source, by part."""
-    datasets = getattr(getattr(trainer, "datamodule", None), "datasets", {})
+    data: Any = getattr(trainer, "datamodule", None)
+    datasets = data.datasets if isinstance(data, ServingDataModule) else {}
     return {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": ["lightning_chatgpt", *sys.argv[1:]],

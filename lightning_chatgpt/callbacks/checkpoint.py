@@ -55,6 +55,7 @@ class RunCheckpoint(ModelCheckpoint):
         self.steps_between = every_n_train_steps
         self.time_between = train_time_interval
         self._last_time = 0.0
+        self._last_step = 0
         self._was_there = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -83,14 +84,17 @@ class RunCheckpoint(ModelCheckpoint):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Write ``last.ckpt`` where it is time to: now that all is done that belongs to the batch before."""
         step = trainer.global_step
-        if not self.save_last or step == self._last_global_step_saved or batch_idx % trainer.accumulate_grad_batches:
+        if not self.save_last or step in (0, self._last_step, self._last_global_step_saved) or batch_idx % trainer.accumulate_grad_batches:
             return
         is_time = self.steps_between is not None and step % self.steps_between == 0
         if not is_time and self.time_between is not None:
             # Processes look at clocks of their own.
             is_time = any_process(trainer, time.monotonic() - self._last_time >= self.time_between.total_seconds())
         if is_time:
+            n_saved = self._last_global_step_saved
             self._save_last(trainer)
+            self._last_global_step_saved = n_saved  # or a validation before the next step would not write its best
+            self._last_step = step
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the best and, where these weights are none of the best, ``last.ckpt`` alone."""
@@ -174,8 +178,12 @@ class RunCheckpoint(ModelCheckpoint):
                 f"{folder}: checkpoints cannot be written there ({error.strerror}); mend that, or name another trainer.default_root_dir"
             ) from None
         remove_parts(folder)
-        parameters = list(pl_module.parameters())
-        size = sum(p.numel() * p.element_size() for p in parameters) + 2 * sum(p.numel() * 4 for p in parameters if p.requires_grad)
+        lora = getattr(pl_module, "lora", None)
+        is_whole = lora is None or lora.save_base  # else the frozen weights stay where they are
+        parameters = [p for p in pl_module.parameters() if is_whole or p.requires_grad]
+        size = sum(p.numel() * p.element_size() for p in parameters)
+        if not self.save_weights_only:
+            size += 2 * sum(p.numel() * 4 for p in parameters if p.requires_grad)
         # Each file is written before the one it takes the place of is removed.
         n_files = max(1, self.save_top_k) + int(bool(self.save_last)) + 1
         there = sum(path.stat().st_size for path in folder.glob("*.ckpt"))
@@ -196,7 +204,8 @@ def save_last(trainer: Trainer) -> Path:
 
     Returns: its path.
     """
-    callback = next((c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)), None)
+    callbacks = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+    callback = next((c for c in callbacks if isinstance(c, RunCheckpoint)), callbacks[0] if callbacks else None)
     folder = Path(callback.dirpath) if callback is not None and callback.dirpath else Path(trainer.default_root_dir) / "checkpoints"
     path = folder / f"{ModelCheckpoint.CHECKPOINT_NAME_LAST}{ModelCheckpoint.FILE_EXTENSION}"
     trainer.save_checkpoint(path)

@@ -46,25 +46,25 @@ def position_of(trainer: Trainer) -> Position:
     # Their types are those of their base class.
     batches: Any = loop.batch_progress
     epochs: Any = fit_loop.epoch_progress.current
-    hook = trainer.lightning_module._current_fx_name
     n_batches = batches.current.processed
     is_last_batch = batches.is_last_batch and n_batches == batches.current.ready
     is_after_epoch = epochs.processed == epochs.ready  # its end has been gone through, or max_steps broke it off
     epoch = epochs.ready - 1 if is_after_epoch else epochs.processed
-    # Lightning counts a step for the loggers once the validation after it is over.
-    is_counted = is_after_epoch or hook == "on_train_batch_start"
     n_all, n_steps = batches.total.processed, loop._batches_that_stepped
-    if is_after_epoch and is_last_batch:
-        return Position(epoch + 1, 0, n_all, n_steps, is_last_batch=False, needs_validation=False)
+    is_before_epoch = epochs.ready == epochs.started + 1 or (is_after_epoch and n_batches == 0)
+    if is_before_epoch or (is_after_epoch and is_last_batch):
+        return Position(epochs.processed, 0, n_all, n_steps, is_last_batch=False, needs_validation=False)
     excess = 0 if is_last_batch else n_batches % trainer.accumulate_grad_batches
     if excess:
         return Position(epoch, n_batches - excess, n_all - excess, n_steps, is_last_batch=False, needs_validation=False)
+    # Lightning counts a step for the loggers once the validation after it is over; when the next batch is there, it is.
     is_at_step = n_batches == batches.current.ready and n_batches > 0
     needs_validation = False
-    if not is_counted and is_at_step:
+    if not is_after_epoch and is_at_step:
         n_steps += 1
-        is_validated = trainer.validating and hook == "on_validation_end"
-        needs_validation = not is_validated and (trainer.validating or _is_validation_due(trainer))
+        validation: Any = loop.val_loop.batch_progress
+        is_validated = validation.is_last_batch and validation.current.completed == validation.current.ready > 0
+        needs_validation = not is_validated if trainer.validating else _is_validation_due(trainer)
     return Position(epoch, n_batches, n_all, n_steps, is_last_batch=is_last_batch, needs_validation=needs_validation)
 
 
@@ -97,7 +97,7 @@ def go_on_from(trainer: Trainer, position: Position) -> None:
     fit_loop = trainer.fit_loop
     loop = fit_loop.epoch_loop
     if position.n_batches == 0:
-        fit_loop.restarting = False  # an epoch like any other
+        fit_loop._restarting = loop.restarting = False  # an epoch like any other; the setter keeps it where max_steps is set
         return
     # Lightning takes one turn of its loop without a batch where a validation is due or was just done, and counts it.
     loop._batches_that_stepped = position.n_steps - int(_is_validation_due(trainer))

@@ -75,13 +75,13 @@ class PredictionWriter(BasePredictionWriter):
         trainer.strategy.barrier("predictions written")
         if not trainer.is_global_zero:
             return
+        self._state(trainer).unlink(missing_ok=True)
         parts = [self._part(trainer, part) for part in range(self._n_parts(trainer))]
         target = self._folder(trainer) / self.filename
         if len(parts) == 1:
             parts[0].replace(target)
         else:
             _interleave(parts, target)
-        self._state(trainer).unlink(missing_ok=True)
         rank_zero_info(f"Replies written to {target}")
 
     def _take_up(self, trainer: Trainer, pl_module: LightningModule, data: Any) -> None:
@@ -92,6 +92,7 @@ class PredictionWriter(BasePredictionWriter):
         lines: dict[int, str] = {}
         if key and state.is_file() and state.read_text(encoding="utf-8") == key:
             lines = {i * len(old) + part: line for part, path in enumerate(old) for i, line in enumerate(_lines(path))}
+        state.unlink(missing_ok=True)  # what a kill leaves from here on is not taken up
         for path in old:
             path.unlink()
         n_parts, n_kept = self._n_parts(trainer), 0

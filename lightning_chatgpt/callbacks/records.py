@@ -39,21 +39,26 @@ class MetricsFile(CSVLogger):
     @rank_zero_only
     def go_on_after(self, n_records: int) -> None:
         """Keep as many rows of what earlier processes wrote."""
-        path = Path(self.experiment.metrics_file_path)
-        keep_records(path, n_records, header=True)
-        if path.is_file():
-            with path.open(encoding="utf-8", newline="") as file:
-                rows = csv.reader(file)
-                self.experiment.metrics_keys = next(rows, [])
-                self.experiment.n_written = sum(1 for _ in rows)
+        keep_records(Path(self.experiment.metrics_file_path), n_records, header=True)
+        self.experiment.take_up()
 
 
 class _Rows(ExperimentWriter):
     """Lightning's writer, which does not remove the file of an earlier run."""
 
     def __init__(self, log_dir: str) -> None:
-        self.n_written = 0
         super().__init__(log_dir)
+        self.n_written = 0
+        self.take_up()
+
+    def take_up(self) -> None:
+        """Go on after what the file holds."""
+        path = Path(self.metrics_file_path)
+        if path.is_file():
+            with path.open(encoding="utf-8", newline="") as file:
+                rows = csv.reader(file)
+                self.metrics_keys = next(rows, [])
+                self.n_written = sum(1 for _ in rows)
 
     def _check_log_dir_exists(self) -> None:
         """Nothing: the run folder is cleared by whoever begins a new run in it."""

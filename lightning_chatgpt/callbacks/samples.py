@@ -65,18 +65,21 @@ class SampleGeneration(Callback):
         self.filename = filename
         self._last_step = -1
         self._n_records = 0
+        self._goes_on = False
 
     def state_dict(self) -> dict[str, Any]:
         """How much was written. Called by Lightning."""
-        return {"n_records": self._n_records}
+        return {"n_records": self._n_records, "last_step": self._last_step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on after it. Called by Lightning."""
         self._n_records = state_dict["n_records"]
+        self._last_step = state_dict["last_step"]
+        self._goes_on = True
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave out what was written after the checkpoint that the run goes on from."""
-        if trainer.is_global_zero and trainer.ckpt_path is not None:
+        if trainer.is_global_zero and self._goes_on:
             keep_records(Path(trainer.default_root_dir) / self.filename, self._n_records)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -86,7 +89,7 @@ class SampleGeneration(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Sample at each validation, the check before training included: it shows where the model started."""
-        if self.every_n_steps is None and trainer.state.fn == "fit":
+        if self.every_n_steps is None and trainer.state.fn == "fit" and not (trainer.sanity_checking and self._goes_on):
             self._sample(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

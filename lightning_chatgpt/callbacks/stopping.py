@@ -56,10 +56,6 @@ class GracefulStop(Callback):
         if not (trainer.strategy.handles_gradient_accumulation and batch_idx % trainer.accumulate_grad_batches):
             self._stop_if_asked(trainer)
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop after an epoch."""
-        self._stop_if_asked(trainer)
-
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop before a validation."""
         self._begin_evaluation(trainer, trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches)

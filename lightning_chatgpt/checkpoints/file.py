@@ -6,6 +6,7 @@ checksum cannot part, and every other reader of checkpoints takes the file as it
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 import stat
@@ -54,7 +55,9 @@ def write_checkpoint(checkpoint: Mapping[str, Any], path: str | Path) -> None:
                 try:
                     torch.save(checkpoint, sealed)  # type: ignore[arg-type]  # torch asks for nothing but write and flush
                 except RuntimeError:  # torch's own, about what a failed write left
-                    raise sealed.error or AssertionError("torch could not write a checkpoint") from None
+                    if sealed.error is None:
+                        raise
+                    raise sealed.error from None
                 sealed.close()
                 os.fsync(file.fileno())
             os.replace(part, path)
@@ -81,7 +84,7 @@ def check_checkpoint(path: str | Path) -> None:
 
 def written_at(path: str | Path) -> int:
     """When a checkpoint was written, wherever it was copied since; in nanoseconds since 1970."""
-    seal = _seal_of(Path(path))
+    seal = _seal_of(Path(path)) if Path(path).is_file() else None
     return int(seal[1]) if seal is not None else Path(path).stat().st_mtime_ns
 
 
@@ -124,6 +127,9 @@ def sync_folder(folder: Path) -> None:
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems know no such thing
+            raise
     finally:
         os.close(handle)
 

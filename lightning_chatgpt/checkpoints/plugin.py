@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,11 @@ class DurableCheckpointIO(CheckpointIO):
 
     def remove_checkpoint(self, path: str | Path) -> None:
         """Remove a checkpoint, if it is there."""
-        _local(path).unlink(missing_ok=True)
+        path = _local(path)
+        if path.is_dir():  # some strategies write folders
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _local(path: str | Path) -> Path:

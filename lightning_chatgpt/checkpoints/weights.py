@@ -25,9 +25,10 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     Raises:
         SaveError: They could not be written; then what was there still is.
     """
-    part = folder.with_name(f".{folder.name}{PART_SUFFIX}")
+    part = folder / PART_SUFFIX  # within, so that it is on the same disk
     try:
         shutil.rmtree(part, ignore_errors=True)
+        is_new = not folder.exists()
         part.mkdir(parents=True)
         try:
             yield part
@@ -36,12 +37,17 @@ def whole_folder(folder: Path) -> Iterator[Path]:
             for name in [*names, SUMS]:
                 with (part / name).open("rb") as file:
                     os.fsync(file.fileno())
-            folder.mkdir(exist_ok=True)
             for name in [*names, SUMS]:
                 os.replace(part / name, folder / name)
+            # Weights in more or fewer files than before: transformers would load the old ones.
+            for path in folder.glob("*.safetensors*"):
+                if path.name not in names:
+                    path.unlink()
             sync_folder(folder)
         finally:
             shutil.rmtree(part, ignore_errors=True)
+            if is_new and folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
     except OSError as error:
         raise SaveError(f"{folder}: could not be written ({error.strerror or error}); mend that, and export again") from error
 

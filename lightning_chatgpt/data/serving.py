@@ -161,6 +161,7 @@ class ServingDataModule(LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Remember where a run left off. Called by Lightning."""
         self._left_off = state_dict
+        self._epoch = state_dict["epoch"]
         # Lightning does not see that the loader goes on where it was; where a checkpoint knows nothing of that, its warning is right.
         warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch ended")
 

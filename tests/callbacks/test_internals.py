@@ -28,7 +28,7 @@ class Places(Callback):
             self.places.append((pl_module._current_fx_name, position_of(trainer)))
             self.loops = trainer.fit_loop.state_dict()
 
-    on_train_batch_start = on_train_batch_end = on_train_epoch_end = on_train_end = _note
+    on_train_start = on_train_epoch_start = on_train_batch_start = on_train_batch_end = on_train_epoch_end = on_train_end = _note
     on_validation_start = on_validation_batch_end = on_validation_end = _note
 
 
@@ -48,7 +48,10 @@ def test_the_place_in_every_hook(places: Places) -> None:
     def at(epoch: int, n_batches: int, n_all: int, n_steps: int, is_last: bool = False, needs_validation: bool = False) -> Position:
         return Position(epoch, n_batches, n_all, n_steps, is_last, needs_validation)
 
+    assert places.places[0] == ("on_train_start", at(0, 0, 0, 0))
+    found = places.places[1:]
     one_epoch = [
+        ("on_train_epoch_start", at(0, 0, 0, 0)),
         ("on_train_batch_start", at(0, 0, 0, 0)),
         ("on_train_batch_end", at(0, 0, 0, 0)),  # one is done, and is done again
         ("on_train_batch_start", at(0, 0, 0, 0)),
@@ -63,10 +66,10 @@ def test_the_place_in_every_hook(places: Places) -> None:
         ("on_train_epoch_end", at(1, 0, 4, 2)),
     ]
     n = len(one_epoch)
-    assert places.places[:n] == one_epoch
+    assert found[:n] == one_epoch
     second = [(hook, p._replace(epoch=p.epoch + 1, n_all_batches=p.n_all_batches + 4, n_steps=p.n_steps + 2)) for hook, p in one_epoch]
-    assert places.places[n : 2 * n] == second
-    assert places.places[2 * n :] == [("on_train_end", at(2, 0, 8, 4))]
+    assert found[n : 2 * n] == second
+    assert found[2 * n :] == [("on_train_end", at(2, 0, 8, 4))]
 
 
 def test_what_a_checkpoint_holds_of_the_loops(places: Places) -> None:

@@ -109,7 +109,7 @@ def test_a_hub_that_never_answers_is_not_waited_for(black_hole: str, monkeypatch
 def test_a_damaged_checkpoint_is_named(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "x.ckpt"
     path.write_bytes(content)
-    with pytest.raises(ModelError, match="cannot be read as a checkpoint"):
+    with pytest.raises(ModelError, match="x.ckpt: (is no checkpoint|cannot be read)"):
         load_model(path)
 
 
@@ -119,7 +119,7 @@ def test_a_checkpoint_never_runs_code(tmp_path: Path) -> None:
             return (open, (str(tmp_path / "ran"), "w"))
 
     torch.save({"state_dict": Canary()}, tmp_path / "x.ckpt")
-    with pytest.raises(ModelError, match="cannot be read"):
+    with pytest.raises(ModelError, match="more than plain data"):
         load_model(tmp_path / "x.ckpt")
     assert not (tmp_path / "ran").exists()
 

@@ -35,6 +35,7 @@ from lightning_chatgpt.configuration import check_keys, resolve_arguments
 from lightning_chatgpt.data.chat import ChatDataModule
 from lightning_chatgpt.errors import ConfigError, UserError
 from lightning_chatgpt.memory import keep_freed_memory
+from lightning_chatgpt.models.build import read_checkpoint
 from lightning_chatgpt.models.causal_lm import CausalLMModule
 from lightning_chatgpt.precision import ChatTrainer
 from lightning_chatgpt.run_folder import RunFolder, find_checkpoint, run_files
@@ -134,7 +135,7 @@ class ChatCLI(LightningCLI):
             raise ConfigError("weights_only false would let a checkpoint run code; checkpoints here are plain data: leave it out")
         if config["ckpt_path"] is not None:
             found = find_checkpoint(config["ckpt_path"], Path(config["checkpoint"]["dirpath"] or folder / "checkpoints"))
-            if found is not None and self.subcommand == "fit" and "optimizer_states" not in read_plain(found):
+            if found is not None and self.subcommand == "fit" and "optimizer_states" not in read_checkpoint(found):
                 raise ConfigError(f"{found}: holds weights alone, and a run cannot go on from it; begin anew from it by model.pretrained")
             config["ckpt_path"] = str(found) if found is not None else None
         taken = [path for path in run_files(folder) if path.name not in _LEFT_BY_A_START and path.parent.name != "tensorboard"]

@@ -48,6 +48,8 @@ class RunCheckpoint(ModelCheckpoint):
     ) -> None:
         if every_n_train_steps is not None and every_n_train_steps < 1:
             raise ConfigError(f"checkpoint.every_n_train_steps must be at least 1, not {every_n_train_steps}")
+        if every_n_train_steps is not None and not save_last:
+            raise ConfigError("checkpoint.every_n_train_steps is about last.ckpt, and checkpoint.save_last is false; leave one of them out")
         if train_time_interval is not None and train_time_interval <= timedelta():
             raise ConfigError(f"checkpoint.train_time_interval must be more than no time, not {train_time_interval}")
         # Lightning would save within the hooks of a batch, before what is logged of it.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import threading
 from typing import TYPE_CHECKING, Any
 
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
@@ -39,6 +40,10 @@ class GracefulStop(Callback):
     def __init__(self) -> None:
         self._signal: signal.Signals | None = None
         self._n_batches = 0  # of the evaluation, that every process has
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget the signal that ended an earlier run of this process."""
+        self._signal = None
 
     # Lightning sets handlers of its own shortly before these.
 
@@ -81,6 +86,8 @@ class GracefulStop(Callback):
     on_test_batch_end = on_predict_batch_end = on_validation_batch_end
 
     def _listen(self, trainer: Trainer) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return  # where alone Python lets handlers be set
         numbers = {getattr(signal, name) for name in _SIGNALS if hasattr(signal, name)}
         requeue = getattr(environment_of(trainer), "requeue_signal", None)
         for number in numbers if requeue is None else {*numbers, requeue}:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_chatgpt.callbacks.agreement import any_process
-from lightning_chatgpt.callbacks.internals import has_validated
+from lightning_chatgpt.callbacks.internals import averaging_of, has_validated, trained_weights
 from lightning_chatgpt.checkpoints.folder import remove_parts
 from lightning_chatgpt.errors import ConfigError, SaveError
 
@@ -106,9 +106,9 @@ class RunCheckpoint(ModelCheckpoint):
             self._save_last(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The same, where Lightning saves at the end of an epoch."""
+        """The same, where Lightning saves at the end of an epoch, or averages weights: before it ends with their mean in their place."""
         super().on_train_epoch_end(trainer, pl_module)
-        if self._should_save_on_train_epoch_end(trainer):
+        if self._should_save_on_train_epoch_end(trainer) or averaging_of(trainer):
             self._save_last(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -158,7 +158,8 @@ class RunCheckpoint(ModelCheckpoint):
         folder = Path(self.dirpath or ".")
         if trainer.is_global_zero and self._was_there and not folder.is_dir():
             raise SaveError(f"{folder}: was removed while the run went on, and its checkpoints with it; put it back, or start anew")
-        super()._save_checkpoint(trainer, filepath)
+        with trained_weights(trainer):
+            super()._save_checkpoint(trainer, filepath)
         self._was_there = True
         self._last_time = time.monotonic()
 
@@ -210,5 +211,6 @@ def save_last(trainer: Trainer) -> Path:
     callback = next((c for c in callbacks if isinstance(c, RunCheckpoint)), callbacks[0] if callbacks else None)
     folder = Path(callback.dirpath) if callback is not None and callback.dirpath else Path(trainer.default_root_dir) / "checkpoints"
     path = folder / f"{ModelCheckpoint.CHECKPOINT_NAME_LAST}{ModelCheckpoint.FILE_EXTENSION}"
-    trainer.save_checkpoint(path)
+    with trained_weights(trainer):
+        trainer.save_checkpoint(path)
     return path

@@ -7,7 +7,11 @@ were read in, and the loops are set to them. tests/callbacks/test_internals.py f
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from lightning.pytorch.callbacks import WeightAveraging
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -33,6 +37,11 @@ class Position(NamedTuple):
     n_steps: int
     is_last_batch: bool
     needs_validation: bool
+
+    @property
+    def is_at_end(self) -> bool:
+        """Whether nothing is left of the epoch but its end."""
+        return self.is_last_batch and not self.needs_validation
 
 
 def position_of(trainer: Trainer) -> Position:
@@ -62,9 +71,7 @@ def position_of(trainer: Trainer) -> Position:
     needs_validation = False
     if not is_after_epoch and is_at_step:
         n_steps += 1
-        validation: Any = loop.val_loop.batch_progress
-        is_validated = validation.is_last_batch and validation.current.completed == validation.current.ready > 0
-        needs_validation = not is_validated if trainer.validating else _is_validation_due(trainer)
+        needs_validation = not _has_seen_last(trainer) if trainer.validating else _is_validation_due(trainer)
     return Position(epoch, n_batches, n_all, n_steps, is_last_batch=is_last_batch, needs_validation=needs_validation)
 
 
@@ -99,8 +106,21 @@ def go_on_from(trainer: Trainer, position: Position) -> None:
     if position.n_batches == 0:
         fit_loop._restarting = loop.restarting = False  # an epoch like any other; the setter keeps it where max_steps is set
         return
+    if position.is_last_batch:
+        if trainer.num_training_batches != float("inf"):  # of this run: another number of processes has another
+            _count(vars(loop.batch_progress.current), int(trainer.num_training_batches))
+        if position.is_at_end:
+            loop._batches_that_stepped = position.n_steps
+            loop.val_loop._has_run = True  # or Lightning would train on a batch beyond trainer.limit_train_batches
+            return
     # Lightning takes one turn of its loop without a batch where a validation is due or was just done, and counts it.
     loop._batches_that_stepped = position.n_steps - int(_is_validation_due(trainer))
+
+
+def end_epoch(trainer: Trainer) -> None:
+    """Make the next epoch one like any other; called when the first one ends of which the last batch was done before."""
+    loop = trainer.fit_loop.epoch_loop
+    loop.restarting = loop.val_loop._has_run = False
 
 
 def has_validated(trainer: Trainer) -> bool:
@@ -111,6 +131,31 @@ def has_validated(trainer: Trainer) -> bool:
 def environment_of(trainer: Trainer) -> Any:
     """What starts the processes: SLURM, torchrun, Lightning itself."""
     return trainer._accelerator_connector.cluster_environment
+
+
+@contextmanager
+def trained_weights(trainer: Trainer) -> Iterator[None]:
+    """Have the weights that are trained in the module: for a validation, Lightning's averaging puts their mean in their place."""
+    is_amid = trainer.validating and trainer.fit_loop.epoch_loop.val_loop.batch_progress.current.ready > 0 and not _has_seen_last(trainer)
+    swapped = [callback for callback in averaging_of(trainer) if is_amid and callback._average_model is not None]
+    for callback in swapped:
+        callback._swap_models(trainer.lightning_module)
+    try:
+        yield
+    finally:
+        for callback in swapped:
+            callback._swap_models(trainer.lightning_module)
+
+
+def averaging_of(trainer: Trainer) -> list[WeightAveraging]:
+    """The callbacks that average weights."""
+    return [callback for callback in trainer.callbacks if isinstance(callback, WeightAveraging)]  # type: ignore[attr-defined]
+
+
+def _has_seen_last(trainer: Trainer) -> bool:
+    """Whether a validation has been through its last batch."""
+    validation: Any = trainer.fit_loop.epoch_loop.val_loop.batch_progress
+    return bool(validation.is_last_batch and validation.current.completed == validation.current.ready > 0)
 
 
 def _is_validation_due(trainer: Trainer) -> bool:

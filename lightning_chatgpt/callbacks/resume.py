@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import Callback
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
-from lightning_chatgpt.callbacks.internals import Position, go_on_from, position_of, write_position
+from lightning_chatgpt.callbacks.internals import Position, end_epoch, go_on_from, position_of, write_position
 from lightning_chatgpt.callbacks.records import records_of
 
 if TYPE_CHECKING:
@@ -37,9 +37,11 @@ class ExactResume(Callback):
     def __init__(self, seed: int | None = None) -> None:
         self.seed = seed
         self._position: Position | None = None
+        self._max_steps: int | None = None  # while the loops have been told otherwise
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find the seed."""
+        self._position = self._max_steps = None
         if self.seed is None:
             self.seed = int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed() % 2**32))
 
@@ -68,21 +70,41 @@ class ExactResume(Callback):
         for logger in records_of(trainer.loggers):
             logger.go_on_after(saved.get("n_records", 0))
         self._position = position
+        if trainer.strategy.restore_checkpoint_after_setup:
+            self._allow_validation(trainer)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let a run begin that has a validation left."""
+        self._allow_validation(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the loops begin there."""
         if self._position is not None:
             go_on_from(trainer, self._position)
-            self._position = None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Begin with the batch's own random numbers."""
         self._seed(trainer, _TRAINING, batch_idx)
 
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """From here on, the run is one like any other."""
+        if self._position is not None and self._position.is_at_end:
+            end_epoch(trainer)
+        self._position = None
+
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The same for a validation, and what follows it."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._seed(trainer, _VALIDATION, trainer.fit_loop.epoch_loop.batch_idx)
+            if self._max_steps is not None:  # this is the validation that was left
+                trainer.fit_loop.epoch_loop.max_steps, self._max_steps = self._max_steps, None
+
+    def _allow_validation(self, trainer: Trainer) -> None:
+        """Have a run that was stopped in the validation after its very last step make up for it; Lightning would not begin it."""
+        loop = trainer.fit_loop.epoch_loop
+        if self._position is not None and self._position.needs_validation and 0 <= loop.max_steps <= self._position.n_steps:
+            # The schedule was built for the steps there are.
+            self._max_steps, loop.max_steps = loop.max_steps, self._position.n_steps + 1
 
     def _seed(self, trainer: Trainer, purpose: int, batch_idx: int) -> None:
         shares = trainer.distributed_sampler_kwargs

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,9 +12,11 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, seed_everything
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.loggers.logger import DummyLogger
 
-from lightning_chatgpt import CausalLMModule, ChatDataModule, ExactResume, TextDataModule
+from lightning_chatgpt import CausalLMModule, ChatDataModule, ExactResume, RunCheckpoint, TextDataModule
+from lightning_chatgpt.callbacks.stopping import GracefulStop, Stopped
 from tests.conftest import ARCHITECTURE, chat, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using .ckpt_path", "ignore:.*samples is not supported")
@@ -106,6 +110,8 @@ CASES = {
     "validation-across-epochs": ("chat", {}, {"val_check_interval": 4, "check_val_every_n_epoch": None, "max_epochs": 3}),
     "max-steps": ("chat", {"batch_size": 2}, {"max_epochs": -1, "max_steps": 14, "val_check_interval": 4}),
     "no-validation": ("chat", {}, {"limit_val_batches": 0}),
+    "limited": ("chat", {"batch_size": 2}, {"limit_train_batches": 4, "check_val_every_n_epoch": 2, "max_epochs": 4}),
+    "limited-validation-amid-epochs": ("chat", {"batch_size": 2}, {"limit_train_batches": 5, "val_check_interval": 2}),
     "validation-every-other-epoch": ("chat", {}, {"check_val_every_n_epoch": 2, "max_epochs": 3}),
 }
 
@@ -137,3 +143,90 @@ def test_a_run_resumed_after_any_step_is_the_run_that_was_not_stopped(name: str,
         # What is logged of a step comes after its hooks; an accumulation that was begun is done again, with a validation amid it.
         assert n_repeated in ((-1, 0) if "on_train_batch_end" in path.name else (0,)) or "accumulate_grad_batches" in trainer_settings, path
         assert n_repeated >= -1, path
+
+
+class Signal(Callback):
+    """Sends this process a signal in a hook after an optimizer step."""
+
+    def __init__(self, hook: str, step: int) -> None:
+        self.step = step
+        setattr(self, hook, self._send)
+
+    def _send(self, trainer: Any, *arguments: Any) -> None:
+        if trainer.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.fixture
+def fit(make_data: Callable[..., Any], tmp_path: Path) -> Callable[..., tuple[dict[str, Any], list[Any]]]:
+    """Train into a folder as the command line does, with a signal or without; gives ``last.ckpt`` and what was logged."""
+
+    def fit(name: str, *callbacks: Callback, ckpt_path: Path | None = None, **settings: Any) -> tuple[dict[str, Any], list[Any]]:
+        log = Log()
+        run = trainer(
+            tmp_path / name,
+            callbacks=[*callbacks, ExactResume(seed=0), RunCheckpoint(save_top_k=1), GracefulStop()],
+            logger=log,
+            **{"enable_checkpointing": True, "log_every_n_steps": 1, "num_sanity_val_steps": 0, **settings},
+        )
+        seed_everything(0 if ckpt_path is None else 1, verbose=False)
+        module = CausalLMModule(architecture={**ARCHITECTURE, "n_layer": 1}, learning_rate=1e-2, schedule="constant")
+        is_stopped = any(isinstance(callback, Signal) for callback in callbacks)
+        try:
+            run.fit(module, datamodule=make_data("chat", batch_size=2), ckpt_path=ckpt_path)
+            assert not is_stopped
+        except Stopped:
+            assert is_stopped
+        return torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True), log.rows
+
+    return fit
+
+
+def assert_same(one: Any, other: Any) -> None:
+    """Check that what was saved is equal to the last bit."""
+    assert one.keys() == other.keys()
+    for key in ("state_dict", "current_model_state", "averaging_state"):
+        assert key not in one or all(torch.equal(value, other[key][name]) for name, value in one[key].items()), key
+    for i, state in one["optimizer_states"][0]["state"].items():
+        assert all(torch.equal(value, other["optimizer_states"][0]["state"][i][name]) for name, value in state.items())
+
+
+@pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback")
+@pytest.mark.parametrize("hook", ["on_validation_batch_end", "on_train_batch_end"])
+def test_averaged_weights_and_those_that_are_trained_are_not_mixed_up(hook: str, fit: Callable[..., Any], tmp_path: Path) -> None:
+    """Guards against a stop amid a validation, in which Lightning has put the average in the place of the weights."""
+
+    def average() -> EMAWeightAveraging:
+        return EMAWeightAveraging(decay=0.5, use_buffers=False)
+
+    settings = {"val_check_interval": 4, "max_epochs": 2}
+    whole, rows = fit("whole", average(), **settings)
+    fit("stopped", average(), Signal(hook, 8), **settings)
+    last = tmp_path / "stopped" / "checkpoints" / "last.ckpt"
+    again, rows_after = fit("stopped", average(), ckpt_path=last, **settings)
+    assert "current_model_state" in whole and 0 < len(rows_after) < len(rows)
+    assert_same(again, whole)
+    assert rows_after == rows[-len(rows_after) :]
+
+
+@pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback")
+def test_a_run_with_averaging_can_be_made_longer(fit: Callable[..., Any], tmp_path: Path) -> None:
+    """Guards against Lightning's ending training with the average in the place of the weights, before the last save."""
+    settings = {"limit_val_batches": 0}
+    whole, _ = fit("whole", EMAWeightAveraging(decay=0.5, use_buffers=False), max_epochs=2, **settings)
+    fit("longer", EMAWeightAveraging(decay=0.5, use_buffers=False), max_epochs=1, **settings)
+    last = tmp_path / "longer" / "checkpoints" / "last.ckpt"
+    again, _ = fit("longer", EMAWeightAveraging(decay=0.5, use_buffers=False), max_epochs=2, ckpt_path=last, **settings)
+    assert_same(again, whole)
+
+
+def test_the_validation_after_the_very_last_step_is_made_up_for(fit: Callable[..., Any], tmp_path: Path) -> None:
+    """Guards against Lightning's not beginning a run that has made all its steps: its last validation, and its best, would be lost."""
+    settings = {"val_check_interval": 4, "max_steps": 15, "max_epochs": -1}
+    whole, rows = fit("whole", **settings)
+    fit("stopped", Signal("on_validation_batch_end", 15), **settings)
+    again, rows_after = fit("stopped", ckpt_path=tmp_path / "stopped" / "checkpoints" / "last.ckpt", **settings)
+    assert rows_after == rows[-1:] and "val_loss" in rows[-1][1] and again["global_step"] == 15
+    assert_same(again, whole)
+    names = [sorted(path.name for path in (tmp_path / name / "checkpoints").iterdir()) for name in ("whole", "stopped")]
+    assert names[0] == names[1] and len(names[0]) == 2

@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_chatgpt.callbacks.agreement import any_process
 from lightning_chatgpt.callbacks.internals import averaging_of, has_validated, trained_weights
 from lightning_chatgpt.checkpoints.folder import remove_parts
+from lightning_chatgpt.checkpoints.plain import find_foreign
 from lightning_chatgpt.errors import ConfigError, SaveError
 
 if TYPE_CHECKING:
@@ -64,11 +65,19 @@ class RunCheckpoint(ModelCheckpoint):
         """Find the folder; drop a monitor that nothing will be logged for.
 
         Raises:
-            ConfigError: ``save_on_exception`` with several processes, of which one alone may fail.
+            ConfigError: ``save_on_exception`` with several processes, of which one alone may fail; or a setting of model or data that
+                no checkpoint can hold.
             SaveError: The folder cannot be made.
         """
         if self.save_on_exception and trainer.world_size > 1:
             raise ConfigError("checkpoint.save_on_exception waits for ever where one of several processes fails; leave it out")
+        for name, owner in (("model", pl_module), ("data", getattr(trainer, "datamodule", None))) if stage == "fit" else ():
+            found = find_foreign(dict(getattr(owner, "hparams", {})), name)
+            if found is not None:
+                raise ConfigError(
+                    f"{found}, and checkpoints hold plain data; let it be text, a number, a list or a dict, "
+                    "or leave it out of save_hyperparameters"
+                )
         datasets = getattr(getattr(trainer, "datamodule", None), "datasets", {})
         if self.monitor == "val_loss" and "train" in datasets and "validation" not in datasets:
             self.monitor, self.filename = None, "{epoch}-{step}"

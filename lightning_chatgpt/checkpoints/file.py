@@ -16,6 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from lightning_chatgpt.checkpoints.plain import find_foreign
 from lightning_chatgpt.errors import ModelError, SaveError
 
 if TYPE_CHECKING:
@@ -34,14 +35,14 @@ _OVERRIDE = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 def write_checkpoint(checkpoint: Mapping[str, Any], path: str | Path) -> None:
     """Write a checkpoint so that, whatever happens, the path holds either all of it or what it held before.
 
-    It is written beside its place, forced to the disk, and then renamed, which no file system does by halves.
+    It is written beside its place, forced to the disk, found to be readable, and then renamed, which no file system does by halves.
 
     Args:
-        checkpoint: What is to be saved.
+        checkpoint: What is to be saved: plain data.
         path: Where to; its folder is made if it is not there.
 
     Raises:
-        SaveError: It could not be written.
+        SaveError: It could not be written, or could not be read again.
     """
     import torch
 
@@ -60,11 +61,20 @@ def write_checkpoint(checkpoint: Mapping[str, Any], path: str | Path) -> None:
                     raise sealed.error from None
                 sealed.close()
                 os.fsync(file.fileno())
+            torch.load(part, map_location="cpu", weights_only=True, mmap=True)  # the tensors stay where they are
             os.replace(part, path)
         except BaseException:
             part.unlink(missing_ok=True)
             raise
         sync_folder(path.parent)
+    except (pickle.PickleError, AttributeError, TypeError) as error:  # pickle's own, of what it cannot write
+        found = find_foreign(checkpoint)
+        if found is None:
+            raise
+        raise SaveError(
+            f"{path}: was not saved, for it would hold more than plain data ({found}), which nobody could read again; turn that into "
+            "text, numbers, lists or dicts"
+        ) from error
     except OSError as error:
         raise SaveError(
             f"{path}: could not be saved ({error.strerror or error}); what was saved before it is intact; "

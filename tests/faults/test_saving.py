@@ -10,19 +10,25 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import OrderedDict
 from collections.abc import Callable
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 
+from lightning_chatgpt import CausalLMModule, ChatDataModule, DurableCheckpointIO, RunCheckpoint, SaveError
 from lightning_chatgpt.checkpoints.file import check_checkpoint, read_plain, write_checkpoint, written_at
 from lightning_chatgpt.checkpoints.folder import best_checkpoint, newest_checkpoint
+from lightning_chatgpt.checkpoints.plain import find_foreign
 from lightning_chatgpt.checkpoints.weights import SUMS
-from lightning_chatgpt.errors import ModelError
+from lightning_chatgpt.errors import ConfigError, ModelError
 from lightning_chatgpt.models.build import load_model
 from lightning_chatgpt.models.export import export_folder
+from tests.conftest import ARCHITECTURE, chat, trainer
 from tests.faults.runs import command, environment, run, write_project
 
 LAST = "runs/one/checkpoints/last.ckpt"
@@ -107,7 +113,49 @@ def test_checkpoints_are_what_everyone_reads_and_keep_their_time(tmp_path: Path)
     torch.save({"weight": torch.arange(5)}, tmp_path / "others.ckpt")
     check_checkpoint(tmp_path / "others.ckpt")
     assert read_plain(tmp_path / "others.ckpt")["weight"].tolist() == [0, 1, 2, 3, 4]
-    assert list(tmp_path.iterdir()) == [path, tmp_path / "others.ckpt"] or len(list(tmp_path.iterdir())) == 2
+    assert sorted(tmp_path.iterdir()) == [path, tmp_path / "others.ckpt"]
+
+
+class Colour(Enum):
+    """What somebody's settings may be made of."""
+
+    RED = 1
+
+
+@pytest.mark.parametrize(
+    ("value", "place"),
+    [
+        (Path("chats"), "hyper_parameters.folder is a PosixPath"),
+        ({"deep": [0, {"red": Colour.RED}]}, "hyper_parameters.folder.deep.1.red is a Colour"),
+        (lambda: 0, "hyper_parameters.folder is a function"),
+    ],
+)
+def test_what_could_not_be_read_again_is_not_written(value: Any, place: str, tmp_path: Path) -> None:
+    """Guards against a run of a night that leaves a file which loading plain data refuses."""
+    path = tmp_path / "a.ckpt"
+    write_checkpoint({"weight": torch.arange(5)}, path)
+    with pytest.raises(SaveError, match="a.ckpt: was not saved") as caught:
+        write_checkpoint({"weight": torch.arange(6), "hyper_parameters": {"rate": 0.1, "folder": value}}, path)
+    assert f"({place})" in str(caught.value)
+    assert read_plain(path)["weight"].tolist() == [0, 1, 2, 3, 4] and list(tmp_path.iterdir()) == [path]
+    # What torch itself takes for plain is.
+    plain = {"type": torch.float32, "size": torch.Size([1, 2]), "set": {1, 2}, "bytes": b"x", "many": OrderedDict(a=(1, 2.0, None, True))}
+    assert find_foreign(plain) is None
+    write_checkpoint(plain, path)
+    assert read_plain(path) == plain
+
+
+def test_a_setting_no_checkpoint_can_hold_is_refused_before_training(tmp_path: Path, write_chats: Callable[..., Path]) -> None:
+    class Module(CausalLMModule):
+        def __init__(self, folder: Any, **settings: Any) -> None:
+            super().__init__(**settings)
+            self.save_hyperparameters()
+
+    source = write_chats([chat(f"q{i}", "a") for i in range(8)])
+    settings: dict[str, Any] = {"callbacks": [RunCheckpoint()], "enable_checkpointing": True, "max_steps": 1}
+    data = ChatDataModule(train=str(source), vocab_size=300)
+    with pytest.raises(ConfigError, match="model.folder is a PosixPath, and checkpoints hold plain data; let it be text"):
+        trainer(tmp_path, **settings).fit(Module(tmp_path, architecture=ARCHITECTURE), data)
 
 
 @pytest.mark.parametrize("how", ["cut", "flipped"])
@@ -181,11 +229,6 @@ def test_a_full_disk_is_an_error_and_costs_nothing(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_vanishes_is_an_error(tmp_path: Path, write_chats: Callable[..., Path]) -> None:
-    from lightning.pytorch import Callback
-
-    from lightning_chatgpt import CausalLMModule, ChatDataModule, DurableCheckpointIO, RunCheckpoint, SaveError
-    from tests.conftest import ARCHITECTURE, chat, trainer
-
     class Vanish(Callback):
         def on_train_epoch_start(self, trainer: Any, *arguments: Any) -> None:
             if trainer.current_epoch == 1:

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
 _TRAINING, _VALIDATION = 0, 1
-# What a network that is there cannot be changed in any more; the checkpoint's stay.
-_OF_THE_NETWORK = {"pretrained", "architecture", "lora"}
 
 
 class ExactResume(Callback):
@@ -120,8 +118,17 @@ def _tell_changes(checkpoint: Mapping[str, Any], module: Any, data: Any) -> None
     """Name the settings that a run goes on with and that are not those it was saved with."""
     for place, key, owner in (("model", "hyper_parameters", module), ("data", "datamodule_hyper_parameters", data)):
         then, now = checkpoint.get(key, {}), getattr(owner, "hparams", {})
+        kept = getattr(owner, "kept_settings", None)
         for name in sorted(then.keys() & now.keys()):
-            if name.startswith("_") or then[name] == now[name]:
+            if name.startswith("_") or _are_equal(then[name], now[name]):
                 continue
-            wins = "the checkpoint's stays" if name in _OF_THE_NETWORK else f"going on with {now[name]!r}"
+            if kept is None:
+                wins = f"going on with {now[name]!r}, as far as nothing that was restored holds the other"
+            else:
+                wins = "the checkpoint's stays" if name in kept else f"going on with {now[name]!r}"
             rank_zero_warn(f"{place}.{name} is {now[name]!r}, and was {then[name]!r} when the checkpoint was saved; {wins}")
+
+
+def _are_equal(one: Any, other: Any) -> bool:
+    equal = one == other
+    return equal if isinstance(equal, bool) else np.array_equal(one, other)  # of arrays, a number for each entry

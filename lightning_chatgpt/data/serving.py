@@ -38,10 +38,13 @@ class ServingDataModule(LightningDataModule):
     Attributes:
         tokenizer: What encoded; known after ``setup``.
         datasets: The examples of each part (``train``, ``validation``, ``test``), after ``setup``.
+        kept_settings: Names of settings whose values in a checkpoint stay where a run goes on from it, whatever they are now.
 
     Raises:
         ConfigError: A setting is out of range, or contradicts another.
     """
+
+    kept_settings = frozenset({"tokenizer", "vocab_size"})
 
     def __init__(
         self,

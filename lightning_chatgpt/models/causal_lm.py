@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_utilities.core.rank_zero import rank_zero_info
@@ -14,26 +11,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from lightning_chatgpt.chat.tokenizer import check_same_template, load_tokenizer, token_byte_lengths, tokenizer_from_state, tokenizer_state
-from lightning_chatgpt.checkpoints.file import read_plain
-from lightning_chatgpt.errors import ConfigError, ModelError
+from lightning_chatgpt.chat.tokenizer import token_byte_lengths
+from lightning_chatgpt.errors import ConfigError
 from lightning_chatgpt.generation.generate import generate_replies
 from lightning_chatgpt.metrics.perplexity import BitsPerByte, MeanLoss, Perplexity, TokenAccuracy
-from lightning_chatgpt.models import build
-from lightning_chatgpt.models.adapters import (
-    LoraSettings,
-    adapter_state,
-    add_adapter,
-    find_new_tokens,
-    has_adapter,
-    load_adapter_state,
-    merge_adapter,
-    weights_digest,
-)
 from lightning_chatgpt.models.attention import Attention, set_attention
 from lightning_chatgpt.models.kernels import blocks_of, use_fast_kernels
-from lightning_chatgpt.models.loss import TokenLosses, check_head, token_losses
-from lightning_chatgpt.models.module import ShardableModule
+from lightning_chatgpt.models.loss import TokenLosses, token_losses
 from lightning_chatgpt.models.optim import (
     build_optimizer,
     build_schedule,
@@ -43,6 +27,7 @@ from lightning_chatgpt.models.optim import (
     optimizer_class,
     set_optimization,
 )
+from lightning_chatgpt.models.standalone import StandaloneModule
 from lightning_chatgpt.models.step import StepLoss
 
 if TYPE_CHECKING:
@@ -54,7 +39,7 @@ Stage = Literal["val", "test"]
 _OPTIMIZATION = ("learning_rate", "weight_decay", "optimizer", "warmup_steps", "schedule", "decay_steps")
 
 
-class CausalLMModule(ShardableModule):
+class CausalLMModule(StandaloneModule):
     """Wraps a causal language model of transformers: loss, metrics, optimizer, replies, checkpoints.
 
     Logs ``train_loss``, ``learning_rate``, ``val_loss`` (mean negative log-likelihood over supervised tokens, in nats), ``val_perplexity``,
@@ -103,12 +88,7 @@ class CausalLMModule(ShardableModule):
         compile: bool = False,
         lora: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__()
-        if pretrained is None and architecture is None:
-            raise ConfigError(
-                "there is no model to start from; set model.pretrained (a hub name, a folder or builtin:smalltalk), "
-                "or model.architecture to start from scratch"
-            )
+        super().__init__(pretrained, architecture, lora)
         check_optimization(
             optimizer=optimizer,
             learning_rate=learning_rate,
@@ -117,17 +97,11 @@ class CausalLMModule(ShardableModule):
             warmup_steps=warmup_steps,
             decay_steps=decay_steps,
         )
-        if lora is not None and pretrained is None:
-            raise ConfigError("model.lora adapts weights that are there; set model.pretrained, or leave model.lora out")
         if compile and attention == "stretches":
             raise ConfigError("model.attention stretches differ in every batch, and model.compile would compile for each; leave one out")
         self.save_hyperparameters()
-        self.pretrained = pretrained
-        self.architecture = architecture
-        self.lora = LoraSettings.of(lora) if lora is not None else None
         self._was_restored = False
         self._is_changed = False  # whether the run was begun with other optimization
-        self._adapter: dict[str, Any] = {}  # what a checkpoint tells of the adapter
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.optimizer = optimizer
@@ -138,25 +112,10 @@ class CausalLMModule(ShardableModule):
         self.gradient_checkpointing = gradient_checkpointing
         self.compiles = compile
         self.step_loss = StepLoss(self)
-        self.tokenizer: PreTrainedTokenizerFast | None = None
-        self.network: PreTrainedModel
         self.metrics = nn.ModuleDict()
         self._matrices: frozenset[str] = frozenset()  # of the network as it is before it is cut among devices
 
     # What a subclass may say in its own way.
-
-    def build_network(self, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
-        """Build the network for a tokenizer: from weights, or from scratch."""
-        if self.pretrained is None:
-            return build.network_from_scratch(self.architecture or {}, tokenizer=tokenizer)
-        folder = build.find_pretrained(self.pretrained)
-        quantized = self.lora is not None and self.lora.quantize is not None
-        network = build.build_network(folder, tokenizer=tokenizer, architecture=self.architecture, quantized=quantized)
-        if self.lora is not None:
-            new = find_new_tokens(folder, tokenizer=tokenizer)
-            self._adapter = {"base": self.pretrained, "digest": weights_digest(folder), "new_token_ids": new, "settings": asdict(self.lora)}
-            add_adapter(network, self.lora, new_token_ids=new)
-        return network
 
     def build_optimizer(self) -> Optimizer:
         """Build the optimizer of what is trained, matrices decaying and vectors not."""
@@ -176,143 +135,9 @@ class CausalLMModule(ShardableModule):
             metrics["bits_per_byte"] = BitsPerByte(byte_lengths)
         return nn.ModuleDict(metrics)
 
-    # Tokenizer and network.
-
-    @property
-    def is_built(self) -> bool:
-        """Whether the network is there."""
-        return self.tokenizer is not None
-
-    def load_tokenizer(self, *, template: str | None = None) -> PreTrainedTokenizerFast | None:
-        """The tokenizer of the weights, before the network is built.
-
-        Args:
-            template: The chat template it is to carry, as ``chat.tokenizer.set_template`` takes it.
-
-        Returns: that of the network, of the checkpoint the Trainer is about to load, or of the pretrained weights; None
-            for a model from scratch, which takes whatever tokenizer the data has.
-        """
-        checkpoint = self._checkpoint_to_come()
-        if self.tokenizer is not None or checkpoint is not None:
-            tokenizer = self.tokenizer or tokenizer_from_state(checkpoint["tokenizer"] if checkpoint else {})
-            check_same_template(tokenizer, template)
-            return tokenizer
-        return load_tokenizer(build.find_pretrained(self.pretrained), template=template) if self.pretrained is not None else None
-
-    def max_positions(self) -> int:
-        """How many tokens an example may have at the most."""
-        if self.is_built:
-            config = self.network.config
-        elif (checkpoint := self._checkpoint_to_come()) is not None:
-            architecture = json.loads(checkpoint["architecture"])
-            return int(architecture.get("n_positions") or architecture["max_position_embeddings"])
-        elif self.pretrained is not None:
-            config = build.read_config(build.find_pretrained(self.pretrained))
-        else:
-            config = build.scratch_config(self.architecture or {})
-        return int(config.max_position_embeddings)
-
-    def configure_model(self) -> None:
-        """Build the network, once the Trainer's data module has its tokenizer. Called by Lightning."""
-        if self._trainer is None:
-            return  # this is load_from_checkpoint, which brings its own in on_load_checkpoint
-        StepLoss.check(self.trainer.strategy)
-        if self.is_built:
-            self.shard()
-            return
-        checkpoint = self._checkpoint_to_come()
-        if checkpoint is not None and self.device_mesh is not None and build.holds_adapter_only(checkpoint):
-            raise ConfigError(
-                "a sharded network cannot be filled from an adapter alone; train it with model.lora.save_base true, or use strategy ddp"
-            )
-        if checkpoint is not None:
-            self._build_from_checkpoint(checkpoint)
-            return
-        tokenizer = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None) or self.load_tokenizer()
-        if tokenizer is None:
-            raise ConfigError("a model from scratch needs a tokenizer; train with a ChatDataModule or a TextDataModule")
-        self._install(self.build_network(tokenizer), tokenizer)
-
-    @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: Any, *arguments: Any, **settings: Any) -> Any:
-        """Load a module from a checkpoint file of plain data; that never runs code.
-
-        Args:
-            checkpoint_path: The file.
-            *arguments: As Lightning's own takes them.
-            **settings: Likewise, and settings of this class that are to be others than the checkpoint's. A class that its own name is
-                one of a module that is imported already.
-
-        Raises:
-            ModelError: It is not there, damaged, holds more than plain data, or names a class of a module that is not imported.
-        """
-        check_saved_classes({**read_plain(checkpoint_path).get(cls.CHECKPOINT_HYPER_PARAMS_KEY, {}), **settings})
-        return super().load_from_checkpoint(checkpoint_path, *arguments, **{**settings, "weights_only": True})
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what a checkpoint needs to stand alone: architecture and tokenizer, as plain text."""
-        checkpoint[build.CHECKPOINT_KEY] = self._description()
-        if build.holds_adapter_only(checkpoint[build.CHECKPOINT_KEY]):
-            kept = {f"{build.NETWORK_PREFIX}{name}" for name in adapter_state(self.network)}
-            state = checkpoint["state_dict"]
-            checkpoint["state_dict"] = {k: v for k, v in state.items() if k in kept or not k.startswith(build.NETWORK_PREFIX)}
-
-    def _description(self) -> dict[str, Any]:
-        """What the network is, its weights aside."""
-        assert self.tokenizer is not None
-        return {
-            "architecture": json.dumps(json.loads(self.network.config.to_json_string(use_diff=False))),
-            "tokenizer": tokenizer_state(self.tokenizer),
-            **({"adapter": self._adapter} if self._adapter else {}),
-        }
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Build the network that the checkpoint's weights fit.
-
-        Raises:
-            ModelError: The network is built already, for another tokenizer.
-        """
-        saved = checkpoint[build.CHECKPOINT_KEY]
-        self._was_restored = self._trainer is not None and self.trainer.state.fn == "fit"
-        self._is_changed = self._was_restored and self._compare_optimization(checkpoint.get("hyper_parameters", {}))
-        if self.tokenizer is None:
-            self._build_from_checkpoint(saved)
-        elif tokenizer_from_state(saved["tokenizer"]).get_vocab() != self.tokenizer.get_vocab():
-            raise ModelError(
-                "the checkpoint's tokenizer is not the data's; load the model by load_from_checkpoint first, "
-                "or set trainer.ckpt_path before fit, validate or predict"
-            )
-        if self._adapter.get("digest") != saved.get("adapter", {}).get("digest"):
-            raise ModelError("the checkpoint's adapter was trained on other weights; set model.pretrained and model.lora as it was trained")
-        if build.holds_adapter_only(saved):
-            load_adapter_state(self.network, build.network_state(checkpoint))
-            # The base's weights are there already; what Lightning loads strictly is to be whole.
-            checkpoint["state_dict"] = {**self.state_dict(), **checkpoint["state_dict"]}
-
-    def _compare_optimization(self, saved: Mapping[str, Any]) -> bool:
-        """Whether a checkpoint was made with other optimization than this module is to go on with.
-
-        Raises:
-            ConfigError: It was made with an optimizer whose state another cannot take over.
-        """
-        check_saved_classes(saved)
-        then, now = (optimizer_class(optimizer) for optimizer in (saved.get("optimizer", self.optimizer), self.optimizer))
-        if then is not now:
-            raise ConfigError(
-                f"model.optimizer {now.__name__} cannot go on with the state of the checkpoint's {then.__name__}; keep that, "
-                "or begin a new run from its weights (model.pretrained)"
-            )
-        return any(saved.get(name, getattr(self, name)) != getattr(self, name) for name in _OPTIMIZATION)
-
-    def _build_from_checkpoint(self, saved: dict[str, Any]) -> None:
-        tokenizer = tokenizer_from_state(saved["tokenizer"])
-        self._adapter = saved.get("adapter", {})
-        self._install(build.network_from_checkpoint(saved, tokenizer=tokenizer), tokenizer)
-
-    def _install(self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
-        check_head(network)
-        self.tokenizer = tokenizer
-        self.network = network.train()  # from_pretrained leaves it in evaluation mode, with dropout off
+    def install(self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+        """Take a network that was built, and make it ready to be trained."""
+        super().install(network.train(), tokenizer)  # from_pretrained leaves it in evaluation mode, with dropout off
         self._matrices = matrix_names(self)
         chosen = set_attention(network, "sdpa" if self.compiles and self.attention == "auto" else self.attention)
         use_fast_kernels(network)
@@ -325,13 +150,6 @@ class CausalLMModule(ShardableModule):
         if self._trainer is not None and self._trainer.state.fn == "fit":
             rank_zero_info(chosen)
         self.metrics = nn.ModuleDict({stage: self.build_metrics(tokenizer) for stage in ("val", "test")})
-
-    def _checkpoint_to_come(self) -> dict[str, Any] | None:
-        path = getattr(self._trainer, "ckpt_path", None)
-        if path is None:
-            return None
-        saved: dict[str, Any] = build.read_checkpoint(path)[build.CHECKPOINT_KEY]
-        return saved
 
     # Training and evaluation: one step for all.
 
@@ -417,10 +235,38 @@ class CausalLMModule(ShardableModule):
             total_steps=self.trainer.estimated_stepping_batches,
         )
 
+    # A run that goes on: Lightning restores the optimizer with the settings it was saved with.
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take over the checkpoint's network; see whether the run was begun with other optimization. Called by Lightning."""
+        super().on_load_checkpoint(checkpoint)
+        if self._trainer is None or self.trainer.state.fn != "fit":
+            return
+        is_own = type(self).configure_optimizers is CausalLMModule.configure_optimizers
+        if is_own and not self.trainer.strategy.handles_gradient_accumulation:
+            self._was_restored = True
+            self._is_changed = self._compare_optimization(checkpoint.get("hyper_parameters", {}))
+        else:
+            self.kept_settings |= set(_OPTIMIZATION)
+
+    def _compare_optimization(self, saved: Mapping[str, Any]) -> bool:
+        """Whether a checkpoint was made with other optimization than this module is to go on with.
+
+        Raises:
+            ConfigError: It was made with an optimizer whose state another cannot take over.
+        """
+        check_saved_classes(saved)
+        then, now = (optimizer_class(optimizer) for optimizer in (saved.get("optimizer", self.optimizer), self.optimizer))
+        if then is not now:
+            raise ConfigError(
+                f"model.optimizer {now.__name__} cannot go on with the state of the checkpoint's {then.__name__}; keep that, "
+                "or begin a new run from its weights (model.pretrained)"
+            )
+        return any(saved.get(name, getattr(self, name)) != getattr(self, name) for name in _OPTIMIZATION)
+
     def on_train_start(self) -> None:
         """Let this module's own optimization hold where a run goes on that was begun with another. Called by Lightning."""
-        is_own = type(self).configure_optimizers is CausalLMModule.configure_optimizers
-        if self._was_restored and is_own and not self.trainer.strategy.handles_gradient_accumulation:
+        if self._was_restored:
             fresh = self.build_optimizer()
             schedule: Any = self.lr_schedulers()
             fresh_schedule = self._build_schedule(fresh)
@@ -428,31 +274,3 @@ class CausalLMModule(ShardableModule):
             if self._is_changed or isinstance(fresh_schedule, LambdaLR):
                 set_optimization(self.trainer.optimizers[0], schedule, fresh=fresh, fresh_schedule=fresh_schedule)
         self._was_restored = False
-
-    def export(self, folder: str | Path, *, checkpoint: str | Path | None = None, facts: Mapping[str, object] | None = None) -> Path:
-        """Write the network as a plain transformers folder.
-
-        While a Trainer has it cut among devices, all processes call this without ``checkpoint``, and the first writes.
-
-        Args:
-            folder: Where to.
-            checkpoint: Weights to take in place of the current ones, such as the best of the run.
-            facts: What the model card tells besides, such as the validation loss.
-
-        Raises:
-            ModelError: The checkpoint cannot be read.
-        """
-        from lightning_chatgpt.models.export import export_folder
-
-        assert self.tokenizer is not None
-        network = build.load_model(checkpoint).network if checkpoint is not None else self.network
-        if checkpoint is None and self.is_sharded:
-            state = self.whole_state()
-            if not self.trainer.is_global_zero:
-                return Path(folder)
-            network = build.network_from_checkpoint(self._description(), tokenizer=self.tokenizer)
-            network.load_state_dict(state)
-        if has_adapter(network):
-            network = merge_adapter(network)
-        told = {"Started from": self.pretrained or "scratch", **(facts or {})}
-        return export_folder(network, self.tokenizer, folder, facts=told)

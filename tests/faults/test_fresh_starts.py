@@ -5,10 +5,16 @@ from __future__ import annotations
 import csv
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from lightning.pytorch import LightningModule
 
+from lightning_chatgpt import CausalLMModule, ChatDataModule, ExactResume
+from tests.conftest import ARCHITECTURE, chat, trainer
 from tests.faults import runs
 from tests.faults.runs import Meet, callback, left, run, started, wait_for, write_project
 
@@ -65,3 +71,58 @@ def test_a_slurm_job_is_requeued_once_it_is_saved(tmp_path: Path, monkeypatch: p
     assert (folder / "asked").read_text().split() == ["requeue", "17", "last.ckpt"]
     monkeypatch.setattr(runs, "environment", lambda: whole)
     run(*AUTO, cwd=folder)
+
+
+class OwnOptimizer(CausalLMModule):
+    """What Lightning restores of its optimizer holds, the learning rate too."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=self.learning_rate)
+
+
+class Foreign(LightningModule):
+    """Of another project, with a setting that compares entry by entry."""
+
+    def __init__(self, rates: Any, depth: int = 1) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.layer = torch.nn.Linear(1, 1)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.layer(torch.ones(1, 1)).sum()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.mark.filterwarnings("ignore:The `train_dataloader` does not have many workers")
+def test_what_wins_is_what_holds(tmp_path: Path, write_chats: Callable[..., Path]) -> None:
+    """Guards against promising a learning rate that the restored optimizer does not have."""
+    path = tmp_path / "a.ckpt"
+    source = str(write_chats([chat(f"q{i}", "a") for i in range(8)]))
+
+    def fit(module: Any, data: Any, *, max_steps: int, **settings: Any) -> float:
+        run = trainer(tmp_path, max_steps=max_steps, callbacks=[ExactResume(seed=0)], **settings)
+        run.fit(module, data, **({"ckpt_path": path, "weights_only": True} if path.exists() else {}))
+        run.save_checkpoint(path)
+        return float(run.optimizers[0].param_groups[0]["lr"])
+
+    def data(**settings: Any) -> ChatDataModule:
+        return ChatDataModule(train=source, **{"vocab_size": 300, "batch_size": 2, **settings})
+
+    assert fit(OwnOptimizer(architecture=ARCHITECTURE, learning_rate=0.1), data(), max_steps=1) == 0.1
+    with (
+        pytest.warns(UserWarning, match=r"model.learning_rate is 0.2, and was 0.1 .*; the checkpoint's stays"),
+        pytest.warns(UserWarning, match=r"data.vocab_size is 280, and was 300 .*; the checkpoint's stays"),
+    ):
+        module = OwnOptimizer(architecture=ARCHITECTURE, learning_rate=0.2)
+        assert fit(module, data(vocab_size=280), max_steps=2) == 0.1
+
+    path.unlink()
+    loader = torch.utils.data.DataLoader([0, 1, 2, 3])  # type: ignore[arg-type]
+    fit(Foreign(torch.tensor([1.0, 2.0])), loader, max_steps=1)
+    with pytest.warns(UserWarning) as warned:
+        fit(Foreign(torch.tensor([1.0, 2.0]), depth=2), loader, max_steps=2)
+    told = [str(warning.message) for warning in warned if "was saved" in str(warning.message)]
+    assert told == ["model.depth is 2, and was 1 when the checkpoint was saved; going on with 2, as far as nothing that was restored holds "
+                    "the other"]  # fmt: skip

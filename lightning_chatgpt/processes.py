@@ -7,6 +7,10 @@ import signal
 import sys
 import threading
 import time
+import traceback
+from collections.abc import Callable
+
+from lightning_chatgpt.errors import UserError
 
 _POLL_SECONDS = 0.5
 
@@ -23,15 +27,32 @@ def end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True, name="end-with-parent").start()
 
 
-def end_within(seconds: float, *, code: int) -> None:
-    """End this process if it has not left by itself in time."""
+def end_within(seconds: float, exception: BaseException, *, is_stuck: Callable[[], bool]) -> threading.Timer:
+    """End this process after an exception that does not get through, for something waits for a process that is gone.
+
+    Args:
+        seconds: How long it has to leave by itself.
+        exception: Is told of then, and chooses the exit code.
+        is_stuck: Asked at that time, in another thread; where it says no, the process is left alone.
+
+    Returns: what can be cancelled.
+    """
 
     def leave() -> None:
-        time.sleep(seconds)
-        print(f"error: this process did not end by itself in {seconds:.0f} s, and is ended", file=sys.stderr, flush=True)
-        os._exit(code)
+        if not is_stuck():
+            return
+        if isinstance(exception, UserError):
+            print(f"error: {exception}", file=sys.stderr)
+        elif not isinstance(exception, SystemExit):
+            traceback.print_exception(exception)
+        print(f"this process did not end by itself in {seconds:.0f} s, and is ended", file=sys.stderr, flush=True)
+        code = exception.code if isinstance(exception, SystemExit) else getattr(exception, "exit_code", 1)
+        os._exit(code if isinstance(code, int) else 1)
 
-    threading.Thread(target=leave, daemon=True, name="end-within").start()
+    timer = threading.Timer(seconds, leave)
+    timer.daemon = True
+    timer.start()
+    return timer
 
 
 def shield_from_signals(worker_id: int = 0) -> None:

@@ -7,11 +7,14 @@ were read in, and the loops are set to them. tests/callbacks/test_internals.py f
 
 from __future__ import annotations
 
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.trainer.call import _call_and_handle_interrupt
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -126,6 +129,15 @@ def end_epoch(trainer: Trainer) -> None:
 def has_validated(trainer: Trainer) -> bool:
     """Whether the run has been through a validation, so that what it logs is known."""
     return trainer.fit_loop.epoch_loop.val_loop._has_run
+
+
+def is_ending(trainer: Trainer) -> bool:
+    """Whether the main thread is still in a Trainer's hands, or behind the script's end, and not in code of a user's. For other threads."""
+    main = threading.main_thread()
+    frame = sys._current_frames().get(main.ident or 0)
+    while frame is not None and not (frame.f_code is _call_and_handle_interrupt.__code__ and frame.f_locals.get("trainer") is trainer):
+        frame = frame.f_back
+    return frame is not None or not main.is_alive()
 
 
 def environment_of(trainer: Trainer) -> Any:

@@ -15,7 +15,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_chatgpt.callbacks.agreement import any_process, least
 from lightning_chatgpt.callbacks.checkpoint import save_last
-from lightning_chatgpt.callbacks.internals import environment_of
+from lightning_chatgpt.callbacks.internals import environment_of, is_ending
 from lightning_chatgpt.processes import end_with_parent, end_within
 
 if TYPE_CHECKING:
@@ -144,9 +144,12 @@ class ProcessWatch(Callback):
 
     def __init__(self) -> None:
         self._is_watching = False
+        self._deadline: threading.Timer | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Do not outlive the process that started this one."""
+        if self._deadline is not None:  # a script that caught the exception goes on
+            self._deadline.cancel()
         if trainer.local_rank > 0 and not self._is_watching:
             self._is_watching = True
             end_with_parent()
@@ -154,8 +157,7 @@ class ProcessWatch(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave, even where what is to be closed waits for a process that is gone."""
         if trainer.world_size > 1:
-            code = exception.code if isinstance(exception, SystemExit) and isinstance(exception.code, int) else 1
-            end_within(_LEAVE_SECONDS, code=code)
+            self._deadline = end_within(_LEAVE_SECONDS, exception, is_stuck=lambda: is_ending(trainer))
 
 
 def _code(number: signal.Signals | None) -> int:

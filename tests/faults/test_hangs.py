@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.faults.runs import TWO, Fail, Meet, callback, left, run, started, wait_for, write_project
+from tests.faults.runs import TWO, Fail, Meet, callback, environment, left, run, started, wait_for, write_project
 
 pytestmark = pytest.mark.slow
 VERBS = {
@@ -76,3 +78,46 @@ def test_workers_leave_signals_to_the_run(tmp_path: Path) -> None:
             os.killpg(process.pid, number)
             assert left(process, within=15) == code
     run("fit", "-c", "run.yaml", *rest, cwd=folder)
+
+
+SCRIPT = """
+import atexit, sys, time
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning_chatgpt.callbacks.internals import is_ending
+from lightning_chatgpt.errors import ConfigError
+from lightning_chatgpt.processes import end_within
+
+where = sys.argv[1]
+
+class Watch(Callback):
+    def on_train_start(self, trainer, module):
+        raise ConfigError("data.train: the cause")
+
+    def on_exception(self, trainer, module, exception):
+        end_within(1.0, exception, is_stuck=lambda: is_ending(trainer))
+        if where == "teardown":
+            time.sleep(30)
+
+if where == "exit":
+    atexit.register(time.sleep, 30)
+trainer = Trainer(max_steps=1, accelerator="cpu", logger=False, enable_checkpointing=False, callbacks=[Watch()])
+try:
+    trainer.fit(BoringModel())
+except ConfigError:
+    if where != "caught":
+        raise
+    time.sleep(2)
+    print("the script went on")
+"""
+
+
+@pytest.mark.parametrize(("where", "code"), [("teardown", 2), ("exit", 2), ("caught", 0)])
+def test_only_a_process_that_is_stuck_is_ended_and_says_why(where: str, code: int, tmp_path: Path) -> None:
+    """Guards against an end without a cause, with another exit code than the error's, and against the end of a script that caught it."""
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, where], cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == code, done.stderr
+    assert ("the script went on" in done.stdout) == (code == 0)
+    assert ("error: data.train: the cause\nthis process did not end by itself in 1 s, and is ended" in done.stderr) == (code != 0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -30,6 +30,15 @@ def gathered(trainer: Trainer, value: object) -> list[object]:
     values: list[object] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value, group=_group())
     return values
+
+
+def of_first(value: Any) -> Any:
+    """The first process's value. All of them have to ask."""
+    if not dist.is_initialized():
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0, group=_group())
+    return values[0]
 
 
 def _reduced(trainer: Trainer, number: int, operation: dist.ReduceOp.RedOpType) -> int:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lightning_chatgpt.callbacks.agreement import any_process
+from lightning_chatgpt.callbacks.agreement import any_process, of_first
 from lightning_chatgpt.callbacks.internals import averaging_of, has_validated, trained_weights
 from lightning_chatgpt.checkpoints.folder import remove_parts
 from lightning_chatgpt.checkpoints.plain import find_foreign
@@ -126,24 +126,20 @@ class RunCheckpoint(ModelCheckpoint):
         self._save_last(trainer)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over which checkpoints are the best, as far as they are still there, in whatever folder that is now."""
+        """Take over which checkpoints are the best, as far as the first process sees them, in whatever folder that is now."""
         assert self.dirpath is not None
         folder = Path(self.dirpath)
 
         def here(path: str) -> str:
             return str(folder / Path(path).name) if path and (folder / Path(path).name).is_file() else ""
 
-        best = {here(path): score for path, score in state_dict["best_k_models"].items() if here(path)}
-        super().load_state_dict(
-            {
-                **state_dict,
-                "dirpath": self.dirpath,
-                "best_k_models": best,
-                "best_model_path": here(state_dict["best_model_path"]),
-                "kth_best_model_path": here(state_dict["kth_best_model_path"]),
-                "last_model_path": here(state_dict["last_model_path"]),
-            }
-        )
+        found = {
+            **state_dict,
+            "best_k_models": {here(path): score for path, score in state_dict["best_k_models"].items() if here(path)},
+            **{name: here(state_dict[name]) for name in ("best_model_path", "kth_best_model_path", "last_model_path")},
+        }
+        super().load_state_dict({**of_first(found), "dirpath": self.dirpath})
+        best = self.best_k_models
         if best and self.kth_best_model_path not in best:
             self.kth_best_model_path = (max if self.mode == "min" else min)(best, key=lambda path: best[path])
 

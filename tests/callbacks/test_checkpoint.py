@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from lightning_chatgpt import CausalLMModule, ChatDataModule, RunCheckpoint
 from tests.conftest import ARCHITECTURE, chat, trainer
@@ -46,3 +47,29 @@ def test_last_holds_the_last_step(tmp_path: Path, write_chats: Callable[..., Pat
     kept = [p.name for p in tmp_path.glob("epoch*.ckpt")]
     assert len(kept) == 1
     assert ("val_loss=" in kept[0]) == validation
+
+
+def look(rank: int, folder: Path) -> None:
+    """What a process takes for the best, of which only the first has the file."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    own = folder / str(rank)
+    own.mkdir()
+    if rank == 0:
+        (own / "best.ckpt").touch()
+    checkpoint = RunCheckpoint(dirpath=str(folder / "0"), save_top_k=2)
+    checkpoint.dirpath = str(own)
+    state = {
+        **checkpoint.state_dict(),
+        "best_k_models": {"/elsewhere/best.ckpt": torch.tensor(1.0), "/elsewhere/gone.ckpt": torch.tensor(2.0)},
+    }
+    checkpoint.load_state_dict({**state, "best_model_path": "/elsewhere/best.ckpt", "kth_best_model_path": "/elsewhere/gone.ckpt"})
+    (folder / f"{rank}.txt").write_text(f"{checkpoint.best_model_path} {checkpoint.kth_best_model_path} {list(checkpoint.best_k_models)}")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_the_first_process_tells_which_are_there(tmp_path: Path) -> None:
+    """Guards against processes that disagree about the best where a node does not see the first one's files."""
+    torch.multiprocessing.spawn(look, args=(tmp_path,), nprocs=2)
+    best = tmp_path / "0" / "best.ckpt"
+    assert (tmp_path / "0.txt").read_text() == (tmp_path / "1.txt").read_text() == f"{best} {best} ['{best}']"

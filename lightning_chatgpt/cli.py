@@ -136,7 +136,9 @@ class ChatCLI(LightningCLI):
         if config["ckpt_path"] is not None:
             found = find_checkpoint(config["ckpt_path"], Path(config["checkpoint"]["dirpath"] or folder / "checkpoints"))
             if found is not None and self.subcommand == "fit" and "optimizer_states" not in read_checkpoint(found):
-                raise ConfigError(f"{found}: holds weights alone, and a run cannot go on from it; begin anew from it by model.pretrained")
+                raise ConfigError(
+                    f"{found}: holds weights alone, and a run cannot go on from it; export it, and begin anew with model.pretrained"
+                )
             config["ckpt_path"] = str(found) if found is not None else None
         taken = [path for path in run_files(folder) if path.name not in _LEFT_BY_A_START and path.parent.name != "tensorboard"]
         if config.get("overwrite") and config["ckpt_path"] is not None:

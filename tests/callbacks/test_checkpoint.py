@@ -49,6 +49,16 @@ def test_last_holds_the_last_step(tmp_path: Path, write_chats: Callable[..., Pat
     assert ("val_loss=" in kept[0]) == validation
 
 
+def test_a_save_between_validations_does_not_keep_the_best_from_being_written(tmp_path: Path, write_chats: Callable[..., Path]) -> None:
+    """Guards against Lightning's not saving twice after one step: amid an accumulation, a validation may follow a save of last.ckpt."""
+    source = str(write_chats([chat(f"q{i}", f"a{i}") for i in range(12)]))
+    data = ChatDataModule(train=source, validation=source, max_leak=None, vocab_size=300, batch_size=2)
+    checkpoint = RunCheckpoint(dirpath=tmp_path, every_n_train_steps=1, filename="{step}")
+    settings = {"accumulate_grad_batches": 3, "val_check_interval": 4, "max_epochs": 1, "limit_val_batches": 1}
+    trainer(tmp_path, callbacks=[checkpoint], enable_checkpointing=True, **settings).fit(CausalLMModule(architecture=ARCHITECTURE), data)
+    assert sorted(path.name for path in tmp_path.glob("*.ckpt")) == ["last.ckpt", "step=1.ckpt"]
+
+
 def look(rank: int, folder: Path) -> None:
     """What a process takes for the best, of which only the first has the file."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)

@@ -72,6 +72,10 @@ def prepare(folder: Path, plain_gpt2: Path) -> None:
     (folder / "flipped.ckpt").write_bytes(content)
     (folder / "text.ckpt").write_text("this is no checkpoint")
     torch.save({"state_dict": {}, "more": Path("x")}, folder / "code.ckpt")
+    write_checkpoint({"state_dict": {}, "lightning_chatgpt": {}}, folder / "weights-alone.ckpt")
+    for checkpoints in (folder / "runs/unreadable/checkpoints", folder / "elsewhere"):
+        checkpoints.mkdir(parents=True)
+        (checkpoints / "last.ckpt").write_bytes((folder / "cut.ckpt").read_bytes())
 
 
 FIT = "fit -c run.yaml"
@@ -98,6 +102,9 @@ CASES = [
     f"{FIT} --ckpt_path code.ckpt",
     f"{FIT} --ckpt_path others.ckpt",
     f"{FIT} --ckpt_path whole",
+    f"{FIT} --ckpt_path weights-alone.ckpt",
+    f"{FIT} --ckpt_path auto --trainer.default_root_dir runs/unreadable",
+    f"{FIT} --ckpt_path auto --checkpoint.dirpath elsewhere",
     f"{START} empty",
     f"{START} nowhere/model",
     f"{START} other-tokenizer",
@@ -145,6 +152,7 @@ def all_messages(folder: Path) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*; skipped")
 def test_every_message_is_the_one_that_was_read(plain_gpt2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     prepare(tmp_path, plain_gpt2)

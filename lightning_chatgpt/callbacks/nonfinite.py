@@ -62,12 +62,11 @@ class NonFiniteGuard(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Look at the step's numbers."""
         losses, self._losses = self._losses, []
-        numbers = [loss.abs() for _, loss in losses]
+        numbers = [loss for _, loss in losses]
         if getattr(trainer.precision_plugin, "scaler", None) is None and not trainer.strategy.handles_gradient_accumulation:
             gradients: list[Any] = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-            numbers += _largest([getattr(gradient, "_local_tensor", gradient) for gradient in gradients])
-        is_finite = all(bool(torch.isfinite(torch.stack(same).sum())) for same in _by_device(numbers))
-        if not any_process(trainer, not is_finite):
+            numbers += [getattr(gradient, "_local_tensor", gradient) for gradient in gradients]
+        if not any_process(trainer, not _are_finite(numbers)):
             self._n_in_succession = 0
             return
         told = self._tell(trainer, losses)
@@ -107,11 +106,12 @@ class NonFiniteGuard(Callback):
         return f"step {step}: {what}{shown}"
 
 
-def _largest(gradients: list[Tensor]) -> list[Tensor]:
-    """The largest absolute value of each; NaN where one is in it."""
-    return [norm for same in _by_device(gradients) for norm in torch._foreach_norm(same, float("inf"))]
-
-
-def _by_device(tensors: list[Tensor]) -> list[list[Tensor]]:
-    devices = dict.fromkeys((tensor.device, tensor.dtype) for tensor in tensors)
-    return [[tensor for tensor in tensors if (tensor.device, tensor.dtype) == device] for device in devices]
+def _are_finite(tensors: list[Tensor]) -> bool:
+    kinds = dict.fromkeys((tensor.device, tensor.dtype) for tensor in tensors)
+    for kind in kinds:
+        same = [tensor for tensor in tensors if (tensor.device, tensor.dtype) == kind]
+        # The fastest pass there is. What overflows in it, of very large numbers, is looked at again.
+        norms = torch.stack(torch._foreach_norm(same))
+        if not torch.isfinite(norms).all() and not all(torch.isfinite(tensor).all() for tensor in same):
+            return False
+    return True

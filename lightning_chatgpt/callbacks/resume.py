@@ -109,7 +109,11 @@ class ExactResume(Callback):
         rank = shares["rank"] if shares else 0  # processes that split a model's layers draw alike
         assert self.seed is not None
         numbers = np.random.SeedSequence([self.seed, trainer.current_epoch, batch_idx, rank, purpose]).generate_state(3)
-        torch.manual_seed(int(numbers[0]))
+        # torch.manual_seed looks for devices of every kind, each time.
+        torch.default_generator.manual_seed(int(numbers[0]))
+        device = trainer.strategy.root_device
+        if device.type != "cpu":
+            torch.get_device_module(device).manual_seed(int(numbers[0]))
         np.random.seed(int(numbers[1]))
         random.seed(int(numbers[2]))
 

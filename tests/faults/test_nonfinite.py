@@ -58,6 +58,12 @@ def test_the_run_stops_with_the_weights_of_the_step_before(what: str, value: flo
     assert all(torch.equal(saved["state_dict"][name], value) for name, value in weights.after[3].items())
 
 
+def test_what_is_large_is_finite(data: Any, tmp_path: Path) -> None:
+    """Guards against a sum of squares that overflows where the number does not."""
+    run = fit(tmp_path, data, NonFiniteGuard(), Poison("gradient", 1e30, step=3, batch=3), max_steps=5)
+    assert run.global_step == 5
+
+
 def test_a_step_is_skipped_and_counted(data: Any, tmp_path: Path) -> None:
     weights = Weights()
     with pytest.warns(

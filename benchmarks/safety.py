@@ -89,8 +89,8 @@ def steps(args: argparse.Namespace) -> None:
         for shape_name in args.shape:
             shape = {"tiny": TINY, **SHAPES}[shape_name]
             found: dict[bool, list[float]] = {True: [], False: []}
-            for _ in range(args.repetitions):
-                for is_safe in found:
+            for turn in range(args.repetitions):
+                for is_safe in (True, False) if turn % 2 else (False, True):
                     found[is_safe].append(1000 * seconds_a_step(shape, chats, folder, is_safe=is_safe))
             guarded, bare = (statistics.median(values) for values in found.values())
             print(f"| {shape_name} | {_spread(found[True])} | {_spread(found[False])} | {guarded / bare:.3f} | {guarded - bare:.2f} |")

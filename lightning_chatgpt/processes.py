@@ -27,32 +27,33 @@ def end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True, name="end-with-parent").start()
 
 
-def end_within(seconds: float, exception: BaseException, *, is_stuck: Callable[[], bool]) -> threading.Timer:
-    """End this process after an exception that does not get through, for something waits for a process that is gone.
+def end_within(seconds: float, exception: BaseException, *, is_stuck: Callable[[], bool]) -> threading.Event:
+    """End this process if it gets stuck after an exception, for something waits for a process that is gone.
 
     Args:
-        seconds: How long it has to leave by itself.
-        exception: Is told of then, and chooses the exit code.
-        is_stuck: Asked at that time, in another thread; where it says no, the process is left alone.
+        seconds: How long on end it may be stuck.
+        exception: What is told of then, and chooses the exit code.
+        is_stuck: Asked in another thread, again and again.
 
-    Returns: what can be cancelled.
+    Returns: what ends the watch when it is set.
     """
+    told = f"error: {exception}\n" if isinstance(exception, UserError) else "".join(traceback.format_exception(exception))
+    code = exception.code if isinstance(exception, SystemExit) else getattr(exception, "exit_code", 1)
+    if isinstance(exception, SystemExit):
+        told = ""
+    is_over = threading.Event()
 
-    def leave() -> None:
-        if not is_stuck():
-            return
-        if isinstance(exception, UserError):
-            print(f"error: {exception}", file=sys.stderr)
-        elif not isinstance(exception, SystemExit):
-            traceback.print_exception(exception)
-        print(f"this process did not end by itself in {seconds:.0f} s, and is ended", file=sys.stderr, flush=True)
-        code = exception.code if isinstance(exception, SystemExit) else getattr(exception, "exit_code", 1)
-        os._exit(code if isinstance(code, int) else 1)
+    def watch() -> None:
+        since = time.monotonic()
+        while not is_over.wait(_POLL_SECONDS):
+            if not is_stuck():
+                since = time.monotonic()
+            elif time.monotonic() - since >= seconds:
+                print(f"{told}this process did not end by itself in {seconds:.0f} s, and is ended", file=sys.stderr, flush=True)
+                os._exit(code if isinstance(code, int) else 1)
 
-    timer = threading.Timer(seconds, leave)
-    timer.daemon = True
-    timer.start()
-    return timer
+    threading.Thread(target=watch, daemon=True, name="end-within").start()
+    return is_over
 
 
 def shield_from_signals(worker_id: int = 0) -> None:

@@ -14,7 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
-from lightning_chatgpt.checkpoints.file import read_plain
+from lightning_chatgpt.checkpoints.file import read_plain, replace_file
 from lightning_chatgpt.checkpoints.folder import best_checkpoint, newest_checkpoint
 from lightning_chatgpt.data.serving import ServingDataModule
 from lightning_chatgpt.errors import ConfigError
@@ -62,13 +62,11 @@ class RunFolder(SaveConfigCallback):
         for path in self.to_remove:  # listed before this run's loggers made files of their own
             path.unlink(missing_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
-        self.parser.save(self.config, folder / self.config_filename, skip_none=False, overwrite=True)
+        replace_file(folder / self.config_filename, [self.parser.dump(self.config, skip_none=False)])
         path = folder / "run.json"
         starts = _earlier_starts(path)
         starts.append(_start_of(trainer, seed=self.config["seed_everything"]))
-        part = path.with_name(f".{path.name}.part")
-        part.write_text(json.dumps({"starts": starts}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        part.replace(path)
+        replace_file(path, [json.dumps({"starts": starts}, indent=1, ensure_ascii=False), "\n"])
 
 
 def run_files(folder: Path) -> list[Path]:

@@ -15,7 +15,12 @@ _groups: list[tuple[object, dist.ProcessGroup]] = []  # the default group, and t
 
 def any_process(trainer: Trainer, flag: bool) -> bool:
     """Whether a flag is set in any process. All of them have to ask."""
-    return _reduced(trainer, int(flag), dist.ReduceOp.MAX) > 0
+    return greatest(trainer, int(flag)) > 0
+
+
+def greatest(trainer: Trainer, number: int) -> int:
+    """The greatest of all processes' numbers. All of them have to ask."""
+    return _reduced(trainer, number, dist.ReduceOp.MAX)
 
 
 def least(trainer: Trainer, number: int) -> int:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import copy
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,10 +17,13 @@ from lightning_chatgpt.callbacks.agreement import any_process, of_first
 from lightning_chatgpt.callbacks.internals import averaging_of, has_validated, trained_weights
 from lightning_chatgpt.checkpoints.folder import remove_parts
 from lightning_chatgpt.checkpoints.plain import find_foreign
+from lightning_chatgpt.checkpoints.plugin import DurableCheckpointIO
 from lightning_chatgpt.errors import ConfigError, SaveError
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
+
+_NAMED = ("best_k_models", "best_model_path", "best_model_score", "kth_best_model_path", "kth_value", "current_score", "last_model_path")
 
 
 class RunCheckpoint(ModelCheckpoint):
@@ -71,13 +77,8 @@ class RunCheckpoint(ModelCheckpoint):
         """
         if self.save_on_exception and trainer.world_size > 1:
             raise ConfigError("checkpoint.save_on_exception waits for ever where one of several processes fails; leave it out")
-        for name, owner in (("model", pl_module), ("data", getattr(trainer, "datamodule", None))) if stage == "fit" else ():
-            found = find_foreign(dict(getattr(owner, "hparams", {})), name)
-            if found is not None:
-                raise ConfigError(
-                    f"{found}, and checkpoints hold plain data; let it be text, a number, a list or a dict, "
-                    "or leave it out of save_hyperparameters"
-                )
+        if stage == "fit" and isinstance(trainer.strategy.checkpoint_io, DurableCheckpointIO) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            _check_settings({"model": pl_module, "data": getattr(trainer, "datamodule", None)})
         datasets = getattr(getattr(trainer, "datamodule", None), "datasets", {})
         if self.monitor == "val_loss" and "train" in datasets and "validation" not in datasets:
             self.monitor, self.filename = None, "{epoch}-{step}"
@@ -85,9 +86,8 @@ class RunCheckpoint(ModelCheckpoint):
             self.dirpath = str(Path(trainer.default_root_dir) / "checkpoints")
         super().setup(trainer, pl_module, stage)
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make sure that there is room for what will be saved."""
-        super().on_train_start(trainer, pl_module)
         self._last_time = time.monotonic()
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._check_room(pl_module)
@@ -102,10 +102,7 @@ class RunCheckpoint(ModelCheckpoint):
             # Processes look at clocks of their own.
             is_time = any_process(trainer, time.monotonic() - self._last_time >= self.time_between.total_seconds())
         if is_time:
-            n_saved = self._last_global_step_saved
-            self._save_last(trainer)
-            self._last_global_step_saved = n_saved  # or a validation before the next step would not write its best
-            self._last_step = step
+            self._save_between(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the best and, where these weights are none of the best, ``last.ckpt`` alone."""
@@ -117,13 +114,16 @@ class RunCheckpoint(ModelCheckpoint):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The same, where Lightning saves at the end of an epoch, or averages weights: before it ends with their mean in their place."""
         super().on_train_epoch_end(trainer, pl_module)
-        if self._should_save_on_train_epoch_end(trainer) or averaging_of(trainer):
+        if self._should_save_on_train_epoch_end(trainer):
             self._save_last(trainer)
+        elif averaging_of(trainer):
+            self._save_between(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write ``last.ckpt`` unless these very weights were just saved."""
         super().on_train_end(trainer, pl_module)
-        self._save_last(trainer)
+        if not (averaging_of(trainer) and self._last_step == trainer.global_step):
+            self._save_last(trainer)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over which checkpoints are the best, as far as the first process sees them, in whatever folder that is now."""
@@ -146,7 +146,25 @@ class RunCheckpoint(ModelCheckpoint):
     def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Any]) -> None:
         """Write one of the best; nothing where training ends before the first validation."""
         if self.monitor is None or self.monitor in monitor_candidates or has_validated(trainer):
-            super()._save_topk_checkpoint(trainer, monitor_candidates)
+            with self._kept_if_it_fails():
+                super()._save_topk_checkpoint(trainer, monitor_candidates)
+
+    @contextmanager
+    def _kept_if_it_fails(self) -> Iterator[None]:
+        """Name no file as the best or the last that could not be written; Lightning does before it writes."""
+        before = {name: copy(getattr(self, name)) for name in _NAMED}
+        try:
+            yield
+        except BaseException:
+            vars(self).update(before)
+            raise
+
+    def _save_between(self, trainer: Trainer) -> None:
+        """Write ``last.ckpt`` where there was no validation."""
+        n_saved = self._last_global_step_saved
+        self._save_last(trainer)
+        self._last_global_step_saved = n_saved  # or a validation before the next step would not write its best
+        self._last_step = trainer.global_step
 
     def _save_last(self, trainer: Trainer) -> None:
         if self._last_global_step_saved != trainer.global_step and not trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -156,8 +174,9 @@ class RunCheckpoint(ModelCheckpoint):
         """Write ``last.ckpt``; Lightning would begin ``last-v1.ckpt`` beside one that another process wrote."""
         if self.save_last:
             assert self.dirpath is not None
-            self.last_model_path = str(Path(self.dirpath) / f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}")
-            self._save_checkpoint(trainer, self.last_model_path)
+            with self._kept_if_it_fails():
+                self.last_model_path = str(Path(self.dirpath) / f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}")
+                self._save_checkpoint(trainer, self.last_model_path)
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         folder = Path(self.dirpath or ".")
@@ -165,7 +184,6 @@ class RunCheckpoint(ModelCheckpoint):
             raise SaveError(f"{folder}: was removed while the run went on, and its checkpoints with it; put it back, or start anew")
         with trained_weights(trainer):
             super()._save_checkpoint(trainer, filepath)
-        self._was_there = True
         self._last_time = time.monotonic()
 
     def _check_room(self, pl_module: LightningModule) -> None:
@@ -185,6 +203,7 @@ class RunCheckpoint(ModelCheckpoint):
             raise SaveError(
                 f"{folder}: checkpoints cannot be written there ({error.strerror}); mend that, or name another trainer.default_root_dir"
             ) from None
+        self._was_there = True
         remove_parts(folder)
         lora = getattr(pl_module, "lora", None)
         is_whole = lora is None or lora.save_base  # else the frozen weights stay where they are
@@ -200,6 +219,16 @@ class RunCheckpoint(ModelCheckpoint):
             raise SaveError(
                 f"{folder}: the disk has {_size(free)} for checkpoints, and this run needs {_size(size * n_files)} "
                 f"({n_files} files of {_size(size)}); make room, lower checkpoint.save_top_k, or name another trainer.default_root_dir"
+            )
+
+
+def _check_settings(owners: dict[str, Any]) -> None:
+    for name, owner in owners.items():
+        found = find_foreign(dict(getattr(owner, "hparams", {})), name)
+        if found is not None:
+            raise ConfigError(
+                f"{found}, and checkpoints hold plain data; let it be text, a number, a list or a dict, "
+                "or leave it out of save_hyperparameters"
             )
 
 

@@ -1,4 +1,4 @@
-"""Where a Trainer stands, and how to put it there again. What is done with Lightning's private parts is done in this file.
+"""Where a Trainer stands, and how to put it there again. What is done with the private parts of Lightning's loops is done in this file.
 
 Lightning 2.6 saves how far its loops have come in the midst of their own book-keeping, and goes on in ways that depend on the hook a
 checkpoint was saved in: a validation is left out, an epoch is counted twice. Here a place in a run is a few numbers, whatever hook they
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.trainer.call import _call_and_handle_interrupt
+from lightning.pytorch.trainer.states import TrainerStatus
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -102,22 +103,27 @@ def write_position(loops: dict[str, Any], position: Position) -> None:
     loops["epoch_loop.state_dict"]["_batches_that_stepped"] = position.n_steps
 
 
-def go_on_from(trainer: Trainer, position: Position) -> None:
-    """Make the loops begin where they were set to; called when training starts."""
+def go_on_from(trainer: Trainer, position: Position) -> Position:
+    """Make the loops begin where they were set to; called when training starts.
+
+    Returns: the place as it holds in this run, which may validate at others.
+    """
     fit_loop = trainer.fit_loop
     loop = fit_loop.epoch_loop
     if position.n_batches == 0:
         fit_loop._restarting = loop.restarting = False  # an epoch like any other; the setter keeps it where max_steps is set
-        return
-    if position.is_last_batch:
-        if trainer.num_training_batches != float("inf"):  # of this run: another number of processes has another
-            _count(vars(loop.batch_progress.current), int(trainer.num_training_batches))
-        if position.is_at_end:
-            loop._batches_that_stepped = position.n_steps
-            loop.val_loop._has_run = True  # or Lightning would train on a batch beyond trainer.limit_train_batches
-            return
-    # Lightning takes one turn of its loop without a batch where a validation is due or was just done, and counts it.
-    loop._batches_that_stepped = position.n_steps - int(_is_validation_due(trainer))
+        return position
+    if position.is_last_batch and trainer.num_training_batches != float("inf"):  # of this run: another number of processes has another
+        _count(vars(loop.batch_progress.current), int(trainer.num_training_batches))
+    is_due = _is_validation_due(trainer)
+    position = position._replace(needs_validation=position.needs_validation and is_due)
+    if position.is_at_end:
+        loop._batches_that_stepped = position.n_steps
+        loop.val_loop._has_run = True  # or Lightning would train on a batch beyond trainer.limit_train_batches
+    else:
+        # Lightning takes one turn of its loop without a batch where a validation is due or was just done, and counts it.
+        loop._batches_that_stepped = position.n_steps - int(is_due)
+    return position
 
 
 def end_epoch(trainer: Trainer) -> None:
@@ -132,12 +138,16 @@ def has_validated(trainer: Trainer) -> bool:
 
 
 def is_ending(trainer: Trainer) -> bool:
-    """Whether the main thread is still in a Trainer's hands, or behind the script's end, and not in code of a user's. For other threads."""
+    """Whether the main thread is in the hands of a Trainer that was broken off, or behind the script's end. Asked by other threads."""
     main = threading.main_thread()
+    if not main.is_alive():
+        return True
+    if trainer.state.status != TrainerStatus.INTERRUPTED:  # it was begun again
+        return False
     frame = sys._current_frames().get(main.ident or 0)
     while frame is not None and not (frame.f_code is _call_and_handle_interrupt.__code__ and frame.f_locals.get("trainer") is trainer):
         frame = frame.f_back
-    return frame is not None or not main.is_alive()
+    return frame is not None
 
 
 def environment_of(trainer: Trainer) -> Any:
@@ -171,6 +181,7 @@ def _has_seen_last(trainer: Trainer) -> bool:
 
 
 def _is_validation_due(trainer: Trainer) -> bool:
+    """Whether a validation follows the batch that the loops stand at."""
     fetcher: Any = trainer.fit_loop._data_fetcher
     return trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
 

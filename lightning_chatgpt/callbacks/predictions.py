@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning_utilities.core.rank_zero import rank_zero_info
 
-from lightning_chatgpt.checkpoints.file import written_at
+from lightning_chatgpt.checkpoints.file import replace_file, written_at
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -75,13 +77,12 @@ class PredictionWriter(BasePredictionWriter):
         trainer.strategy.barrier("predictions written")
         if not trainer.is_global_zero:
             return
-        self._state(trainer).unlink(missing_ok=True)
         parts = [self._part(trainer, part) for part in range(self._n_parts(trainer))]
         target = self._folder(trainer) / self.filename
-        if len(parts) == 1:
-            parts[0].replace(target)
-        else:
-            _interleave(parts, target)
+        # A kill at any time leaves the replies, in the parts or in the file.
+        replace_file(target, _interleaved(parts))
+        for path in (self._state(trainer), *parts):
+            path.unlink(missing_ok=True)
         rank_zero_info(f"Replies written to {target}")
 
     def _take_up(self, trainer: Trainer, pl_module: LightningModule, data: Any) -> None:
@@ -92,17 +93,21 @@ class PredictionWriter(BasePredictionWriter):
         lines: dict[int, str] = {}
         if key and state.is_file() and state.read_text(encoding="utf-8") == key:
             lines = {i * len(old) + part: line for part, path in enumerate(old) for i, line in enumerate(_lines(path))}
-        state.unlink(missing_ok=True)  # what a kill leaves from here on is not taken up
-        for path in old:
-            path.unlink()
         n_parts, n_kept = self._n_parts(trainer), 0
+        shares: list[list[str]] = []
         for part in range(n_parts):
             share = range(part, len(data.prompts), n_parts) if lines else range(0)
             answered = next((i for i, prompt in enumerate(share) if prompt not in lines), len(share))
             # As the batches were: a reply's last digits depend on what it shares a batch with. Each process has at least one to do.
             kept = min(answered, len(share) - 1) // data.batch_size * data.batch_size if share else 0
-            self._part(trainer, part).write_text("".join(lines[prompt] for prompt in share[:kept]), encoding="utf-8")
+            shares.append([lines[prompt] for prompt in share[:kept]])
             n_kept += kept
+        if old and (n_parts != len(old) or not lines):
+            state.unlink(missing_ok=True)  # what a kill leaves from here on is not taken up
+            for path in old:
+                path.unlink()
+        for part, share_lines in enumerate(shares):
+            replace_file(self._part(trainer, part), share_lines)
         if n_kept:
             rank_zero_info(f"{n_kept} replies are there from a predict that was broken off; going on after them (without {state}: anew)")
         state.write_text(key, encoding="utf-8")
@@ -138,13 +143,10 @@ def _key(trainer: Trainer, pl_module: LightningModule, data: Any) -> str:
     return f"{written_at(path)} {type(pl_module).__qualname__} {data.prediction_key}"
 
 
-def _interleave(parts: Sequence[Path], target: Path) -> None:
-    files = [part.open(encoding="utf-8") for part in parts]
-    with target.open("w", encoding="utf-8") as lines:
-        turn = 0
-        while line := files[turn % len(files)].readline():
-            lines.write(line)
-            turn += 1
-    for file, part in zip(files, parts, strict=True):
-        file.close()
-        part.unlink()
+def _interleaved(parts: Sequence[Path]) -> Iterator[str]:
+    """Line i of the whole is the next of part i mod n."""
+    with ExitStack() as opened:
+        files = [opened.enter_context(part.open(encoding="utf-8")) for part in parts]
+        turns = cycle(files)
+        while line := next(turns).readline():
+            yield line

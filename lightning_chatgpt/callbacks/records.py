@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import csv
-import os
+import io
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning_utilities.core.rank_zero import rank_zero_only
+
+from lightning_chatgpt.checkpoints.file import replace_file
+from lightning_chatgpt.errors import SaveError
 
 
 class MetricsFile(CSVLogger):
@@ -64,9 +68,28 @@ class _Rows(ExperimentWriter):
         """Nothing: the run folder is cleared by whoever begins a new run in it."""
 
     def save(self) -> None:
-        """Write what was logged since the last time."""
-        self.n_written += len(self.metrics)
-        super().save()
+        """Write what was logged since the last time.
+
+        Raises:
+            SaveError: It could not be written.
+        """
+        n_new = len(self.metrics)
+        try:
+            super().save()
+        except OSError as error:
+            raise SaveError(f"{self.metrics_file_path}: could not be saved ({error.strerror or error}); make room, and go on") from error
+        self.n_written += n_new
+
+    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
+        """Write what is there with another header; Lightning's would lose it to a crash."""
+        path = Path(self.metrics_file_path)
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, fieldnames=fieldnames)
+        writer.writeheader()
+        writer.writerows(rows)
+        replace_file(path, [text.getvalue()])
 
 
 def keep_records(path: Path, n_records: int, *, header: bool = False) -> None:
@@ -79,15 +102,14 @@ def keep_records(path: Path, n_records: int, *, header: bool = False) -> None:
     """
     if not path.is_file():
         return
-    lines = path.read_bytes().splitlines(keepends=True)
+    with path.open(encoding="utf-8", newline="") as file:
+        lines = file.readlines()
     kept = lines[: n_records + int(header)]
     if len(kept) == len(lines):
         return
     n_earlier = len(list(path.parent.glob(f"{path.stem}.*{path.suffix}")))
-    path.rename(path.with_name(f"{path.stem}.{n_earlier + 1}{path.suffix}"))
-    part = path.with_name(f".{path.name}.part")
-    part.write_bytes(b"".join(kept))
-    os.replace(part, path)
+    shutil.copyfile(path, path.with_name(f"{path.stem}.{n_earlier + 1}{path.suffix}"))
+    replace_file(path, kept)
 
 
 def records_of(loggers: list[Any]) -> list[MetricsFile]:

@@ -47,7 +47,7 @@ class ExactResume(Callback):
         """Write down where the run stands."""
         if trainer.state.fn != "fit":
             return
-        state = {"seed": self.seed, **position_of(trainer)._asdict()}
+        state = {"seed": self.seed, "trainer": _settings_of(trainer), **position_of(trainer)._asdict()}
         for logger in records_of(trainer.loggers) if trainer.is_global_zero else ():
             logger.save()  # or a crash would take what was logged before the checkpoint
             state["n_records"] = logger.n_records
@@ -58,8 +58,13 @@ class ExactResume(Callback):
         saved = checkpoint.get("callbacks", {}).get(self.state_key)
         if saved is None or trainer.state.fn != "fit":
             return
-        self.seed = saved["seed"]
         _tell_changes(checkpoint, pl_module, getattr(trainer, "datamodule", None))
+        now = {**_settings_of(trainer), "resume.seed": self.seed}
+        for name, then in {**saved.get("trainer", {}), "resume.seed": saved["seed"]}.items():
+            if name in now and now[name] != then:
+                wins = "the checkpoint's stays" if name == "resume.seed" else f"going on with {now[name]!r}"
+                rank_zero_warn(f"{name} is {now[name]!r}, and was {then!r} when the checkpoint was saved; {wins}")
+        self.seed = saved["seed"]
         position = Position(**{name: saved[name] for name in Position._fields})
         count_batches = getattr(getattr(trainer, "datamodule", None), "count_batches", None)
         if count_batches is not None:
@@ -78,7 +83,9 @@ class ExactResume(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the loops begin there."""
         if self._position is not None:
-            go_on_from(trainer, self._position)
+            self._position = go_on_from(trainer, self._position)
+            if not self._position.needs_validation:
+                self._restore_max_steps(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Begin with the batch's own random numbers."""
@@ -94,15 +101,18 @@ class ExactResume(Callback):
         """The same for a validation, and what follows it."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._seed(trainer, _VALIDATION, trainer.fit_loop.epoch_loop.batch_idx)
-            if self._max_steps is not None:  # this is the validation that was left
-                trainer.fit_loop.epoch_loop.max_steps, self._max_steps = self._max_steps, None
+            self._restore_max_steps(trainer)  # this is the validation that was left
 
     def _allow_validation(self, trainer: Trainer) -> None:
         """Have a run that was stopped in the validation after its very last step make up for it; Lightning would not begin it."""
         loop = trainer.fit_loop.epoch_loop
         if self._position is not None and self._position.needs_validation and 0 <= loop.max_steps <= self._position.n_steps:
-            # The schedule was built for the steps there are.
+            # The optimizer's schedule was built for the steps there are.
             self._max_steps, loop.max_steps = loop.max_steps, self._position.n_steps + 1
+
+    def _restore_max_steps(self, trainer: Trainer) -> None:
+        if self._max_steps is not None:
+            trainer.fit_loop.epoch_loop.max_steps, self._max_steps = self._max_steps, None
 
     def _seed(self, trainer: Trainer, purpose: int, batch_idx: int) -> None:
         shares = trainer.distributed_sampler_kwargs
@@ -122,17 +132,25 @@ def _tell_changes(checkpoint: Mapping[str, Any], module: Any, data: Any) -> None
     """Name the settings that a run goes on with and that are not those it was saved with."""
     for place, key, owner in (("model", "hyper_parameters", module), ("data", "datamodule_hyper_parameters", data)):
         then, now = checkpoint.get(key, {}), getattr(owner, "hparams", {})
-        kept = getattr(owner, "kept_settings", None)
+        kept = getattr(owner, "kept_settings", ())
+        is_known = type(owner).__module__.startswith("lightning_chatgpt.")
         for name in sorted(then.keys() & now.keys()):
             if name.startswith("_") or _are_equal(then[name], now[name]):
                 continue
-            if kept is None:
-                wins = f"going on with {now[name]!r}, as far as nothing that was restored holds the other"
-            else:
-                wins = "the checkpoint's stays" if name in kept else f"going on with {now[name]!r}"
+            hedge = "" if is_known else ", as far as nothing that was restored holds the other"
+            wins = "the checkpoint's stays" if name in kept else f"going on with {now[name]!r}{hedge}"
             rank_zero_warn(f"{place}.{name} is {now[name]!r}, and was {then[name]!r} when the checkpoint was saved; {wins}")
 
 
 def _are_equal(one: Any, other: Any) -> bool:
-    equal = one == other
-    return equal if isinstance(equal, bool) else np.array_equal(one, other)  # of arrays, a number for each entry
+    try:
+        return bool(one == other)
+    except (RuntimeError, ValueError, TypeError):  # of tensors, which are compared entry by entry
+        return repr(one) == repr(other)
+
+
+def _settings_of(trainer: Trainer) -> dict[str, Any]:
+    """The Trainer's settings that change what is learnt from the same batches."""
+    names = ("accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm", "precision")
+    found = {f"trainer.{name}": getattr(trainer, name) for name in names}
+    return {name: value if value is None or isinstance(value, int | float) else str(value) for name, value in found.items()}

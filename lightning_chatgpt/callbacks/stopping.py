@@ -13,9 +13,10 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Callback
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
-from lightning_chatgpt.callbacks.agreement import any_process, least
+from lightning_chatgpt.callbacks.agreement import greatest, least
 from lightning_chatgpt.callbacks.checkpoint import save_last
 from lightning_chatgpt.callbacks.internals import environment_of, is_ending
+from lightning_chatgpt.callbacks.resume import ExactResume
 from lightning_chatgpt.processes import end_with_parent, end_within
 
 if TYPE_CHECKING:
@@ -57,8 +58,10 @@ class GracefulStop(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Stop before the next batch."""
-        # DeepSpeed's engine counts micro-batches by itself, and would go on amid an accumulation.
-        if not (trainer.strategy.handles_gradient_accumulation and batch_idx % trainer.accumulate_grad_batches):
+        # DeepSpeed's engine counts micro-batches by itself, and would go on amid an accumulation; so would Lightning's loops by themselves.
+        is_exact = any(isinstance(callback, ExactResume) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+        waits = trainer.strategy.handles_gradient_accumulation or not is_exact
+        if not (waits and batch_idx % trainer.accumulate_grad_batches):
             self._stop_if_asked(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -107,25 +110,26 @@ class GracefulStop(Callback):
         self._n_batches = least(trainer, int(first) if first != float("inf") else 0)
 
     def _stop_if_asked(self, trainer: Trainer) -> None:
-        if not any_process(trainer, self._signal is not None):
+        number = greatest(trainer, int(self._signal or 0))
+        if not number:
             return
-        name = (self._signal or signal.SIGTERM).name
+        received = signal.Signals(number)
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             release: Any = getattr(trainer.lightning_module, "release", None)
             if release is not None:
                 release()
             path = save_last(trainer)
-            rank_zero_info(f"{name}: stopped after step {trainer.global_step}, saved {path}; go on with --ckpt_path last")
-            self._requeue(trainer)
+            rank_zero_info(f"{received.name}: stopped after step {trainer.global_step}, saved {path}; go on with --ckpt_path last")
+            self._requeue(trainer, received)
         else:
-            rank_zero_info(f"{name}: stopped")
+            rank_zero_info(f"{received.name}: stopped")
         # A process that rank 0 has started tells it so by 0; else rank 0 would be killed before it can say 143.
         is_child = isinstance(environment_of(trainer), LightningEnvironment) and trainer.local_rank > 0
-        raise Stopped(0 if is_child else _code(self._signal))
+        raise Stopped(0 if is_child else _code(received))
 
-    def _requeue(self, trainer: Trainer) -> None:
+    def _requeue(self, trainer: Trainer, received: signal.Signals) -> None:
         environment = environment_of(trainer)
-        asked = any_process(trainer, self._signal is not None and self._signal == getattr(environment, "requeue_signal", None))
+        asked = received == getattr(environment, "requeue_signal", None)
         if not (asked and isinstance(environment, SLURMEnvironment) and environment.auto_requeue and trainer.is_global_zero):
             return
         array = os.environ.get("SLURM_ARRAY_JOB_ID")
@@ -144,12 +148,11 @@ class ProcessWatch(Callback):
 
     def __init__(self) -> None:
         self._is_watching = False
-        self._deadline: threading.Timer | None = None
+        self._end_of_watch = threading.Event()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Do not outlive the process that started this one."""
-        if self._deadline is not None:  # a script that caught the exception goes on
-            self._deadline.cancel()
+        self._end_of_watch.set()  # a script that caught an exception goes on
         if trainer.local_rank > 0 and not self._is_watching:
             self._is_watching = True
             end_with_parent()
@@ -157,8 +160,8 @@ class ProcessWatch(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave, even where what is to be closed waits for a process that is gone."""
         if trainer.world_size > 1:
-            self._deadline = end_within(_LEAVE_SECONDS, exception, is_stuck=lambda: is_ending(trainer))
+            self._end_of_watch = end_within(_LEAVE_SECONDS, exception, is_stuck=lambda: is_ending(trainer))
 
 
-def _code(number: signal.Signals | None) -> int:
+def _code(number: signal.Signals) -> int:
     return 130 if number == signal.SIGINT else 143

@@ -11,7 +11,7 @@ import os
 import pickle
 import stat
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -61,16 +61,17 @@ def write_checkpoint(checkpoint: Mapping[str, Any], path: str | Path) -> None:
                     raise sealed.error from None
                 sealed.close()
                 os.fsync(file.fileno())
-            torch.load(part, map_location="cpu", weights_only=True, mmap=True)  # the tensors stay where they are
+            try:
+                torch.load(part, map_location="cpu", weights_only=True, mmap=True)  # what tensors hold need not be read
+            except RuntimeError:  # a file system without such a thing
+                torch.load(part, map_location="cpu", weights_only=True)
             os.replace(part, path)
         except BaseException:
             part.unlink(missing_ok=True)
             raise
         sync_folder(path.parent)
     except (pickle.PickleError, AttributeError, TypeError) as error:  # pickle's own, of what it cannot write
-        found = find_foreign(checkpoint)
-        if found is None:
-            raise
+        found = find_foreign(checkpoint) or str(error).splitlines()[0]
         raise SaveError(
             f"{path}: was not saved, for it would hold more than plain data ({found}), which nobody could read again; turn that into "
             "text, numbers, lists or dicts"
@@ -79,6 +80,31 @@ def write_checkpoint(checkpoint: Mapping[str, Any], path: str | Path) -> None:
         raise SaveError(
             f"{path}: could not be saved ({error.strerror or error}); what was saved before it is intact; "
             "mend that, and go on with --ckpt_path last"
+        ) from error
+
+
+def replace_file(path: Path, lines: Iterable[str]) -> None:
+    """Write a text file so that, whatever happens, the path holds either all of it or what it held before.
+
+    Args:
+        path: Where to.
+        lines: What it is to hold, with the ends of the lines.
+
+    Raises:
+        SaveError: It could not be written.
+    """
+    part = path.with_name(f".{path.name}{PART_SUFFIX}")
+    try:
+        with part.open("w", encoding="utf-8", newline="") as file:
+            file.writelines(lines)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise SaveError(
+            f"{path}: could not be saved ({error.strerror or error}); what it held is intact; make room, and try again"
         ) from error
 
 

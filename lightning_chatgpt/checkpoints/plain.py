@@ -35,11 +35,13 @@ def find_foreign(values: Any, place: str = "") -> Foreign | None:
     """
     import torch
 
-    if isinstance(values, torch.Tensor) or type(values) in _PLAIN:
+    if type(values) in (*_PLAIN, torch.Tensor, torch.nn.Parameter):
         return None
     if isinstance(values, Mapping | list | tuple):
-        items = values.items() if isinstance(values, Mapping) else enumerate(values)
-        inner = (find_foreign(value, f"{place}.{key}" if place else str(key)) for key, value in items)
+        items = list(values.items() if isinstance(values, Mapping) else enumerate(values))
+        places = [f"{place}.{key}" if place else str(key) for key, _ in items]
+        parts = [(part, where) for where, (key, value) in zip(places, items, strict=True) for part in (key, value)]
+        inner = (find_foreign(part, where) for part, where in parts)
         found = next((foreign for foreign in inner if foreign is not None), None)
         if found is not None or type(values) in (dict, list, tuple):
             return found

@@ -102,6 +102,7 @@ class CausalLMModule(StandaloneModule):
         self.save_hyperparameters()
         self._was_restored = False
         self._is_changed = False  # whether the run was begun with other optimization
+        self._total_steps: float = 0  # of the run
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.optimizer = optimizer
@@ -224,6 +225,7 @@ class CausalLMModule(StandaloneModule):
     def configure_optimizers(self) -> Any:
         """The optimizer, and the schedule stepped after each of its steps. Called by Lightning."""
         optimizer = self.build_optimizer()
+        self._total_steps = self.trainer.estimated_stepping_batches
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self._build_schedule(optimizer), "interval": "step"}}
 
     def _build_schedule(self, optimizer: Optimizer) -> LRScheduler:
@@ -232,7 +234,7 @@ class CausalLMModule(StandaloneModule):
             schedule=self.schedule,
             warmup_steps=self.warmup_steps,
             decay_steps=self.decay_steps,
-            total_steps=self.trainer.estimated_stepping_batches,
+            total_steps=self._total_steps,
         )
 
     # A run that goes on: Lightning restores the optimizer with the settings it was saved with.
@@ -242,12 +244,11 @@ class CausalLMModule(StandaloneModule):
         super().on_load_checkpoint(checkpoint)
         if self._trainer is None or self.trainer.state.fn != "fit":
             return
-        is_own = type(self).configure_optimizers is CausalLMModule.configure_optimizers
-        if is_own and not self.trainer.strategy.handles_gradient_accumulation:
-            self._was_restored = True
+        if type(self).configure_optimizers is CausalLMModule.configure_optimizers:
             self._is_changed = self._compare_optimization(checkpoint.get("hyper_parameters", {}))
-        else:
-            self.kept_settings |= set(_OPTIMIZATION)
+            self._was_restored = not self.trainer.strategy.handles_gradient_accumulation
+        if not self._was_restored:
+            self.kept_settings = self.kept_settings | {"learning_rate", "weight_decay"}
 
     def _compare_optimization(self, saved: Mapping[str, Any]) -> bool:
         """Whether a checkpoint was made with other optimization than this module is to go on with.

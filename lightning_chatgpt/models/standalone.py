@@ -48,6 +48,8 @@ class StandaloneModule(ShardableModule):
         ConfigError: There is nothing to start from.
     """
 
+    kept_settings = frozenset({"pretrained", "architecture", "lora"})
+
     def __init__(self, pretrained: str | None, architecture: dict[str, Any] | None, lora: dict[str, Any] | None) -> None:
         super().__init__()
         if pretrained is None and architecture is None:
@@ -61,7 +63,6 @@ class StandaloneModule(ShardableModule):
         self.architecture = architecture
         self.lora = LoraSettings.of(lora) if lora is not None else None
         self.tokenizer: PreTrainedTokenizerFast | None = None
-        self.kept_settings = frozenset({"pretrained", "architecture", "lora"})
         self._adapter: dict[str, Any] = {}  # what a checkpoint tells of the adapter
 
     def build_network(self, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:

@@ -117,7 +117,10 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_run_resumed_after_any_step_is_the_run_that_was_not_stopped(name: str, make_data: Callable[..., Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("every", [3, pytest.param(1, marks=[pytest.mark.faults, pytest.mark.slow])])
+def test_a_run_resumed_after_any_step_is_the_run_that_was_not_stopped(
+    every: int, name: str, make_data: Callable[..., Any], tmp_path: Path
+) -> None:
     kind, data_settings, trainer_settings = CASES[name]
 
     def fit(seed: int, ckpt_path: Path | None = None, *callbacks: Callback) -> tuple[Diary, Log, str]:
@@ -133,7 +136,7 @@ def test_a_run_resumed_after_any_step_is_the_run_that_was_not_stopped(name: str,
     diary, log, end = fit(0, None, saving)
     assert len({content for _, _, content in diary.batches}) > len(diary.batches) // 3
     # One in three: all hooks and steps come up among the cases.
-    for seed, (path, n_rows) in list(enumerate(saving.saved, start=1))[list(CASES).index(name) % 3 :: 3]:
+    for seed, (path, n_rows) in list(enumerate(saving.saved, start=1))[list(CASES).index(name) % every :: every]:
         after, logged, there = fit(seed, path)
         assert there == end, path
         assert after.batches == diary.batches[len(diary.batches) - len(after.batches) :], path
@@ -163,6 +166,7 @@ def fit(make_data: Callable[..., Any], tmp_path: Path) -> Callable[..., tuple[di
 
     def fit(name: str, *callbacks: Callback, ckpt_path: Path | None = None, **settings: Any) -> tuple[dict[str, Any], list[Any]]:
         log = Log()
+        model = {"schedule": settings.pop("schedule", "constant")}
         run = trainer(
             tmp_path / name,
             callbacks=[*callbacks, ExactResume(seed=0), RunCheckpoint(save_top_k=1), GracefulStop()],
@@ -170,7 +174,7 @@ def fit(make_data: Callable[..., Any], tmp_path: Path) -> Callable[..., tuple[di
             **{"enable_checkpointing": True, "log_every_n_steps": 1, "num_sanity_val_steps": 0, **settings},
         )
         seed_everything(0 if ckpt_path is None else 1, verbose=False)
-        module = CausalLMModule(architecture={**ARCHITECTURE, "n_layer": 1}, learning_rate=1e-2, schedule="constant")
+        module = CausalLMModule(architecture={**ARCHITECTURE, "n_layer": 1}, learning_rate=1e-2, **model)
         is_stopped = any(isinstance(callback, Signal) for callback in callbacks)
         try:
             run.fit(module, datamodule=make_data("chat", batch_size=2), ckpt_path=ckpt_path)
@@ -187,6 +191,10 @@ def assert_same(one: Any, other: Any) -> None:
     assert one.keys() == other.keys()
     for key in ("state_dict", "current_model_state", "averaging_state"):
         assert key not in one or all(torch.equal(value, other[key][name]) for name, value in one[key].items()), key
+    assert one["lr_schedulers"][0]["_last_lr"] == other["lr_schedulers"][0]["_last_lr"]
+    assert [group["lr"] for group in one["optimizer_states"][0]["param_groups"]] == [
+        group["lr"] for group in other["optimizer_states"][0]["param_groups"]
+    ]
     for i, state in one["optimizer_states"][0]["state"].items():
         assert all(torch.equal(value, other["optimizer_states"][0]["state"][i][name]) for name, value in state.items())
 
@@ -212,7 +220,7 @@ def test_averaged_weights_and_those_that_are_trained_are_not_mixed_up(hook: str,
 @pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback")
 def test_a_run_with_averaging_can_be_made_longer(fit: Callable[..., Any], tmp_path: Path) -> None:
     """Guards against Lightning's ending training with the average in the place of the weights, before the last save."""
-    settings = {"limit_val_batches": 0}
+    settings = {"check_val_every_n_epoch": 3}
     whole, _ = fit("whole", EMAWeightAveraging(decay=0.5, use_buffers=False), max_epochs=2, **settings)
     fit("longer", EMAWeightAveraging(decay=0.5, use_buffers=False), max_epochs=1, **settings)
     last = tmp_path / "longer" / "checkpoints" / "last.ckpt"
@@ -222,7 +230,7 @@ def test_a_run_with_averaging_can_be_made_longer(fit: Callable[..., Any], tmp_pa
 
 def test_the_validation_after_the_very_last_step_is_made_up_for(fit: Callable[..., Any], tmp_path: Path) -> None:
     """Guards against Lightning's not beginning a run that has made all its steps: its last validation, and its best, would be lost."""
-    settings = {"val_check_interval": 4, "max_steps": 15, "max_epochs": -1}
+    settings = {"val_check_interval": 4, "max_steps": 15, "max_epochs": -1, "schedule": "cosine"}
     whole, rows = fit("whole", **settings)
     fit("stopped", Signal("on_validation_batch_end", 15), **settings)
     again, rows_after = fit("stopped", ckpt_path=tmp_path / "stopped" / "checkpoints" / "last.ckpt", **settings)
@@ -230,3 +238,13 @@ def test_the_validation_after_the_very_last_step_is_made_up_for(fit: Callable[..
     assert_same(again, whole)
     names = [sorted(path.name for path in (tmp_path / name / "checkpoints").iterdir()) for name in ("whole", "stopped")]
     assert names[0] == names[1] and len(names[0]) == 2
+
+
+@pytest.mark.parametrize("limit", [{"limit_val_batches": 0}, {"val_check_interval": 11}])
+def test_no_step_is_made_beyond_the_last_where_no_validation_is_due_any_more(
+    limit: dict[str, Any], fit: Callable[..., Any], tmp_path: Path
+) -> None:
+    settings = {"val_check_interval": 4, "max_steps": 15, "max_epochs": -1}
+    fit("stopped", Signal("on_validation_batch_end", 15), **settings)
+    again, _ = fit("stopped", ckpt_path=tmp_path / "stopped" / "checkpoints" / "last.ckpt", **{**settings, **limit})
+    assert again["global_step"] == 15

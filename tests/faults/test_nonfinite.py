@@ -85,14 +85,14 @@ def test_not_every_step_is_skipped(data: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_one_process_of_two(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("value", "rank"), [("nan", 1), pytest.param("inf", 0, marks=pytest.mark.faults)])
+def test_one_process_of_two(value: str, rank: int, tmp_path: Path) -> None:
     """Both leave, with one line of what was wrong in either; the run goes on once such steps are left out."""
     folder = write_project(tmp_path)
-    poison = callback(Poison, what="loss", value=".nan", step=4, batch=4, rank=1)
+    poison = callback(Poison, what="loss", value=f".{value}", step=4, batch=4, rank=rank)
     output = run("fit", "-c", "run.yaml", *TWO, *poison, cwd=folder, code=1)
-    assert re.search(
-        r"error: step 5: the loss of batch 4 of epoch 0 is nan in process 1 \(chats.jsonl:\d+, chats.jsonl:\d+\); the weights", output
-    )
+    places = r"\(chats.jsonl:\d+, chats.jsonl:\d+\)"
+    assert re.search(rf"error: step 5: the loss of batch 4 of epoch 0 is {value} in process {rank} {places}; the weights", output)
     assert "Traceback" not in output
     assert torch.load(folder / "runs/one/checkpoints/last.ckpt", weights_only=True)["global_step"] == 4
     skipped = [*poison, "--nonfinite.action", "skip"]

@@ -21,7 +21,7 @@ import torch
 from lightning.pytorch import Callback
 
 from lightning_chatgpt import CausalLMModule, ChatDataModule, DurableCheckpointIO, RunCheckpoint, SaveError
-from lightning_chatgpt.checkpoints.file import check_checkpoint, read_plain, write_checkpoint, written_at
+from lightning_chatgpt.checkpoints.file import check_checkpoint, read_plain, replace_file, write_checkpoint, written_at
 from lightning_chatgpt.checkpoints.folder import best_checkpoint, newest_checkpoint
 from lightning_chatgpt.checkpoints.plain import find_foreign
 from lightning_chatgpt.checkpoints.weights import SUMS
@@ -58,6 +58,7 @@ def kill_while_saving(folder: Path, *, times: int, seed: int) -> list[int]:
             time.sleep(moments.uniform(0, 0.2))
             process.kill()
             n_saved = len(process.stdout.readlines()) + 1
+        assert not Path("/dev/shm").is_dir() or os.stat("/dev/shm").st_dev != os.stat(folder).st_dev
         checkpoint = read_plain(path)
         assert all(torch.equal(w, torch.full_like(w, checkpoint["number"])) for w in checkpoint["state_dict"].values())
         assert checkpoint["number"] in (n_saved - 1, n_saved)  # the last that was said to be saved, or the next
@@ -70,7 +71,19 @@ def test_a_kill_while_saving_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
     kill_while_saving(tmp_path, times=3, seed=0)
 
 
+def test_what_is_renamed_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a rename that reaches the disk before what it names, which a loss of power would leave empty."""
+    done: list[str] = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda number: (done.append(Path(f"/proc/self/fd/{number}").readlink().name), fsync(number)))
+    monkeypatch.setattr(os, "replace", lambda one, other: (done.append("renamed"), replace(one, other)))
+    write_checkpoint({"weight": torch.arange(5)}, tmp_path / "a.ckpt")
+    replace_file(tmp_path / "a.txt", ["line\n"])
+    assert done == [".a.ckpt.part", "renamed", tmp_path.name, ".a.txt.part", "renamed", tmp_path.name]
+
+
 @pytest.mark.faults
+@pytest.mark.slow
 def test_fifty_kills(tmp_path: Path) -> None:
     assert len(kill_while_saving(tmp_path, times=50, seed=1)) == 50
 
@@ -128,6 +141,7 @@ class Colour(Enum):
         (Path("chats"), "hyper_parameters.folder is a PosixPath"),
         ({"deep": [0, {"red": Colour.RED}]}, "hyper_parameters.folder.deep.1.red is a Colour"),
         (lambda: 0, "hyper_parameters.folder is a function"),
+        ({Colour.RED: 1}, "hyper_parameters.folder.Colour.RED is a Colour"),
     ],
 )
 def test_what_could_not_be_read_again_is_not_written(value: Any, place: str, tmp_path: Path) -> None:
@@ -152,10 +166,12 @@ def test_a_setting_no_checkpoint_can_hold_is_refused_before_training(tmp_path: P
             self.save_hyperparameters()
 
     source = write_chats([chat(f"q{i}", "a") for i in range(8)])
-    settings: dict[str, Any] = {"callbacks": [RunCheckpoint()], "enable_checkpointing": True, "max_steps": 1}
+    settings: dict[str, Any] = {"callbacks": [RunCheckpoint()], "enable_checkpointing": True, "max_steps": 1, "limit_val_batches": 0}
+    durable = {**settings, "plugins": [DurableCheckpointIO()]}
     data = ChatDataModule(train=str(source), vocab_size=300)
     with pytest.raises(ConfigError, match="model.folder is a PosixPath, and checkpoints hold plain data; let it be text"):
-        trainer(tmp_path, **settings).fit(Module(tmp_path, architecture=ARCHITECTURE), data)
+        trainer(tmp_path, **durable).fit(Module(tmp_path, architecture=ARCHITECTURE), data)
+    trainer(tmp_path, **settings).fit(Module(tmp_path, architecture=ARCHITECTURE), data)  # Lightning's own files may hold it
 
 
 @pytest.mark.parametrize("how", ["cut", "flipped"])
@@ -225,7 +241,9 @@ def test_a_full_disk_is_an_error_and_costs_nothing(tmp_path: Path) -> None:
     assert code == 1 and "could not be saved (File too large); what was saved before it is intact" in output, output[-3000:]
     assert "Traceback" not in output and "The model is in" not in output
     assert {path.name: path.read_bytes() for path in (folder / "runs/one/checkpoints").iterdir()} == before
-    assert best_checkpoint(folder / "runs/one/checkpoints") is not None
+    arguments = ("fit", "-c", "run.yaml", "--ckpt_path", "last", "--trainer.max_epochs", "2")  # now the smaller files, too
+    code, output = limited(*arguments, cwd=folder, prepare=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000)))
+    assert code == 1 and output.count("error: ") == 1 and "could not be saved (File too large)" in output, output[-3000:]
 
 
 def test_a_folder_that_vanishes_is_an_error(tmp_path: Path, write_chats: Callable[..., Path]) -> None:
@@ -238,3 +256,25 @@ def test_a_folder_that_vanishes_is_an_error(tmp_path: Path, write_chats: Callabl
     settings = {"callbacks": [RunCheckpoint(), Vanish()], "enable_checkpointing": True, "plugins": [DurableCheckpointIO()]}
     with pytest.raises(SaveError, match="checkpoints: was removed while the run went on"):
         trainer(tmp_path, max_epochs=2, log_every_n_steps=1, **settings).fit(CausalLMModule(architecture=ARCHITECTURE), data)
+
+
+def test_the_best_is_a_file_after_a_save_that_failed(tmp_path: Path, write_chats: Callable[..., Path]) -> None:
+    """Guards against Lightning, which names the best before it writes it."""
+    source = str(write_chats([chat(f"q{i}", f"a{i}") for i in range(8)]))
+    data = ChatDataModule(train=source, validation=source, max_leak=None, vocab_size=300, batch_size=2)
+    checkpoint = RunCheckpoint()
+    failing = DurableCheckpointIO()
+
+    class Fill(Callback):
+        def on_validation_start(self, trainer: Any, *arguments: Any) -> None:
+            if trainer.current_epoch == 1:
+                failing.save_checkpoint = full  # type: ignore[method-assign]
+
+    def full(*arguments: Any, **settings: Any) -> None:
+        raise SaveError("full")
+
+    settings = {"callbacks": [checkpoint, Fill()], "enable_checkpointing": True, "plugins": [failing], "num_sanity_val_steps": 0}
+    with pytest.raises(SaveError, match="full"):
+        trainer(tmp_path, max_epochs=2, **settings).fit(CausalLMModule(architecture=ARCHITECTURE, learning_rate=1e-2), data)
+    assert Path(checkpoint.best_model_path).is_file() and "epoch=0" in checkpoint.best_model_path
+    assert list(checkpoint.best_k_models) == [checkpoint.best_model_path] == [checkpoint.kth_best_model_path]

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, ThroughputMonitor, WeightAveraging
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 
 from lightning_chatgpt import CausalLMModule, ChatDataModule
 from lightning_chatgpt.callbacks.internals import Position, position_of
@@ -85,3 +89,21 @@ def test_what_a_checkpoint_holds_of_the_loops(places: Places) -> None:
         assert places.loops[name]["total"].keys() == places.loops[name]["current"].keys() == COUNTERS
     assert places.loops["epoch_progress"].keys() == {"total", "current"}
     assert places.loops["epoch_progress"]["current"].keys() == COUNTERS
+
+
+def test_what_is_overridden_of_lightning_is_still_called_so() -> None:
+    """Methods that Lightning calls by these names, in classes that are subclassed here; one that was renamed would never be called."""
+    overridden = {
+        ModelCheckpoint: ("_save_topk_checkpoint", "_save_last_checkpoint", "_save_checkpoint", "_should_save_on_train_epoch_end"),
+        ExperimentWriter: ("_rewrite_with_new_header", "_check_log_dir_exists", "save"),
+        ThroughputMonitor: ("_compute",),
+        LightningCLI: ("_parse_ckpt_path", "_prepare_subcommand_parser"),
+        WeightAveraging: ("_swap_models",),
+    }
+    for cls, names in overridden.items():
+        assert [name for name in names if not callable(getattr(cls, name, None))] == [], cls
+    assert "_last_global_step_saved" in vars(ModelCheckpoint())
+    assert "_average_model" in vars(WeightAveraging())
+    source = inspect.getsource(LightningCLI)
+    assert "self._parse_ckpt_path()" in source and "self._subcommand_parsers" in source
+    assert "_call_and_handle_interrupt(" in inspect.getsource(Trainer.fit)

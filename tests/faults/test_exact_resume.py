@@ -19,7 +19,9 @@ from lightning_chatgpt import CausalLMModule, ChatDataModule, ExactResume, RunCh
 from lightning_chatgpt.callbacks.stopping import GracefulStop, Stopped
 from tests.conftest import ARCHITECTURE, chat, trainer
 
-pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using .ckpt_path", "ignore:.*samples is not supported")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Be aware that when using .ckpt_path", "ignore:.*samples is not supported", "ignore:resume.seed is"
+)
 
 
 class Diary(Callback):

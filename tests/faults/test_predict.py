@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from tests.faults.runs import TWO, Meet, callback, left, run, started, wait_for, write_project
+from tests.faults.runs import TWO, Meet, callback, environment, left, run, started, wait_for, write_project
 
 pytestmark = pytest.mark.slow
 PREDICT = ("predict", "-c", "run.yaml", "--ckpt_path", "last")
@@ -53,6 +55,34 @@ def test_a_killed_predict_goes_on(before: int, after: int, project: tuple[Path, 
     assert n_kept >= 4
     assert target.read_text() == whole
     assert sorted(path.name for path in target.parent.glob("predictions*")) == ["predictions.jsonl"]
+
+
+@pytest.mark.parametrize("moment", ["replace", "unlink"])
+def test_a_kill_while_parts_are_put_together_loses_nothing(moment: str, project: tuple[Path, str]) -> None:
+    """Guards against parts that are removed, or a file that is begun, before the whole is there."""
+    folder, whole = project
+    target = folder / "runs/one/predictions.jsonl"
+    target.unlink(missing_ok=True)
+    script = f"""
+import os, pathlib, sys
+from lightning_chatgpt.__main__ import main
+def die(*arguments, **settings):
+    if "predictions" in str(arguments[0]):
+        os._exit(9)
+    return real(*arguments, **settings)
+if {moment!r} == "replace":
+    real, os.replace = os.replace, lambda a, b: die(a, b) if str(b).endswith("jsonl") else real(a, b)
+else:
+    real, pathlib.Path.unlink = pathlib.Path.unlink, lambda path, missing_ok=False: die(path, missing_ok=missing_ok)
+main(sys.argv[1:])
+"""
+    done = subprocess.run([sys.executable, "-c", script, *PREDICT], cwd=folder, env=environment(), capture_output=True, check=False)
+    assert done.returncode == 9, done.stderr[-2000:]
+    assert target.exists() == (moment == "unlink") and (not target.exists() or target.read_text() == whole)
+    output = run(*PREDICT, cwd=folder)
+    assert int(output.split(" replies are there from a predict")[0].split()[-1]) >= 20  # of 24: all but the last batch
+    assert target.read_text() == whole
+    assert sorted(path.name for path in target.parent.glob("*predictions*")) == ["predictions.jsonl"]
 
 
 def test_what_answers_something_else_is_not_taken_up(project: tuple[Path, str]) -> None:

@@ -102,8 +102,9 @@ def saves(args: argparse.Namespace) -> None:
     checkpoint = {name: {str(i): torch.randn(PARAMETERS // 100) for i in range(100)} for name in names}
     found: dict[tuple[str, str], list[float]] = {}
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
-        for _ in range(args.repetitions):
-            for io in (DurableCheckpointIO(), TorchCheckpointIO()):
+        sides = [DurableCheckpointIO(), TorchCheckpointIO()]
+        for turn in range(args.repetitions):
+            for io in sides[:: -1 if turn % 2 else 1]:
                 path = Path(name) / "last.ckpt"
                 start = time.perf_counter()
                 io.save_checkpoint(checkpoint, path)

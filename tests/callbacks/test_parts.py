@@ -38,13 +38,18 @@ def fit(folder: Path, parts: dict[str, dict[str, Any]], *, plugin: bool, steps: 
     """Run another project's command line with some of the parts."""
     config = {
         "trainer": {
-            "accelerator": "cpu", "max_steps": steps, "limit_train_batches": 6, "logger": False, "default_root_dir": str(folder), "enable_progress_bar": False,
+            "accelerator": "cpu",
+            "max_steps": steps,
+            "limit_train_batches": 6,
+            "logger": False,
+            "default_root_dir": str(folder),
+            "enable_progress_bar": False,
             "enable_checkpointing": "RunCheckpoint" in parts,
             "callbacks": [{"class_path": f"lightning_chatgpt.{name}", "init_args": settings} for name, settings in parts.items()],
             "plugins": [{"class_path": "lightning_chatgpt.DurableCheckpointIO"}] if plugin else None,
         },
         "ckpt_path": str(ckpt_path) if ckpt_path else None,
-    }  # fmt: skip
+    }
     (folder / "theirs.yaml").write_text(yaml.safe_dump(config))
     command = [sys.executable, "-c", SCRIPT, "fit", "-c", "theirs.yaml"]
     done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, check=False)

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from lightning_chatgpt import CausalLMModule, ChatDataModule, RunCheckpoint
 from tests.conftest import ARCHITECTURE, chat, trainer
@@ -59,27 +58,21 @@ def test_a_save_between_validations_does_not_keep_the_best_from_being_written(tm
     assert sorted(path.name for path in tmp_path.glob("*.ckpt")) == ["last.ckpt", "step=1.ckpt"]
 
 
-def look(rank: int, folder: Path) -> None:
-    """What a process takes for the best, of which only the first has the file."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    own = folder / str(rank)
-    own.mkdir()
-    if rank == 0:
-        (own / "best.ckpt").touch()
-    checkpoint = RunCheckpoint(dirpath=str(folder / "0"), save_top_k=2)
-    checkpoint.dirpath = str(own)
-    state = {
-        **checkpoint.state_dict(),
-        "best_k_models": {"/elsewhere/best.ckpt": torch.tensor(1.0), "/elsewhere/gone.ckpt": torch.tensor(2.0)},
-    }
-    checkpoint.load_state_dict({**state, "best_model_path": "/elsewhere/best.ckpt", "kth_best_model_path": "/elsewhere/gone.ckpt"})
-    (folder / f"{rank}.txt").write_text(f"{checkpoint.best_model_path} {checkpoint.kth_best_model_path} {list(checkpoint.best_k_models)}")
-    dist.destroy_process_group()
-
-
-@pytest.mark.slow
-def test_the_first_process_tells_which_are_there(tmp_path: Path) -> None:
+def test_the_first_process_tells_which_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against processes that disagree about the best where a node does not see the first one's files."""
-    torch.multiprocessing.spawn(look, args=(tmp_path,), nprocs=2)
-    best = tmp_path / "0" / "best.ckpt"
-    assert (tmp_path / "0.txt").read_text() == (tmp_path / "1.txt").read_text() == f"{best} {best} ['{best}']"
+    (tmp_path / "best.ckpt").touch()
+    state = {
+        **RunCheckpoint(dirpath=str(tmp_path), save_top_k=2).state_dict(),
+        "best_k_models": {"/elsewhere/best.ckpt": torch.tensor(1.0), "/elsewhere/gone.ckpt": torch.tensor(2.0)},
+        "best_model_path": "/elsewhere/best.ckpt",
+        "kth_best_model_path": "/elsewhere/gone.ckpt",
+    }
+    told: list[Any] = []
+    monkeypatch.setattr("lightning_chatgpt.callbacks.checkpoint.of_first", lambda value: told.append(value) or told[0])
+    best = str(tmp_path / "best.ckpt")
+    for _ in range(2):  # the first process, and one that sees nothing
+        checkpoint = RunCheckpoint(dirpath=str(tmp_path), save_top_k=2)
+        checkpoint.load_state_dict(state)
+        assert checkpoint.best_model_path == checkpoint.kth_best_model_path == best and list(checkpoint.best_k_models) == [best]
+        Path(best).unlink(missing_ok=True)
+    assert told[0] != told[1]

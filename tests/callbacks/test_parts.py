@@ -59,7 +59,17 @@ def fit(folder: Path, parts: dict[str, dict[str, Any]], *, plugin: bool, steps: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*PARTS, "DurableCheckpointIO"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "RunCheckpoint",
+        "GracefulStop",
+        *(
+            pytest.param(name, marks=pytest.mark.faults)
+            for name in ("ExactResume", "NonFiniteGuard", "ProcessWatch", "DurableCheckpointIO")
+        ),
+    ],
+)
 def test_each_part_alone_from_yaml(name: str, tmp_path: Path) -> None:
     fit(tmp_path, {name: PARTS[name]} if name in PARTS else {}, plugin=name == "DurableCheckpointIO", steps=3)
     assert (tmp_path / "checkpoints/last.ckpt").is_file() == (name == "RunCheckpoint")

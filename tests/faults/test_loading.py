@@ -85,7 +85,9 @@ def test_no_way_of_loading_a_checkpoint_runs_code(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("verb", ["fit", "predict", "chat"])
+@pytest.mark.parametrize(
+    "verb", ["fit", "predict", "chat", *(pytest.param(verb, marks=pytest.mark.faults) for verb in ("validate", "test", "export"))]
+)
 def test_no_verb_runs_code(verb: str, canary: tuple[Path, Path], tmp_path: Path) -> None:
     path, hit = canary
     write_project(tmp_path)

@@ -37,10 +37,12 @@ def end_within(seconds: float, exception: BaseException, *, is_stuck: Callable[[
 
     Returns: what ends the watch when it is set.
     """
-    told = f"error: {exception}\n" if isinstance(exception, UserError) else "".join(traceback.format_exception(exception))
-    code = exception.code if isinstance(exception, SystemExit) else getattr(exception, "exit_code", 1)
     if isinstance(exception, SystemExit):
-        told = ""
+        told, code = "", exception.code
+    elif isinstance(exception, UserError):
+        told, code = f"error: {exception}\n", exception.exit_code
+    else:
+        told, code = "".join(traceback.format_exception(exception)), 1
     is_over = threading.Event()
 
     def watch() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +76,9 @@ class _Rows(ExperimentWriter):
         try:
             super().save()
         except OSError as error:
-            raise SaveError(f"{self.metrics_file_path}: could not be saved ({error.strerror or error}); make room, and go on") from error
+            raise SaveError(
+                f"{self.metrics_file_path}: could not be saved ({error.strerror or error}); make room, and go on with --ckpt_path last"
+            ) from error
         self.n_written += n_new
 
     def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
@@ -108,7 +109,7 @@ def keep_records(path: Path, n_records: int, *, header: bool = False) -> None:
     if len(kept) == len(lines):
         return
     n_earlier = len(list(path.parent.glob(f"{path.stem}.*{path.suffix}")))
-    shutil.copyfile(path, path.with_name(f"{path.stem}.{n_earlier + 1}{path.suffix}"))
+    replace_file(path.with_name(f"{path.stem}.{n_earlier + 1}{path.suffix}"), lines)
     replace_file(path, kept)
 
 

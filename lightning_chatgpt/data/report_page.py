@@ -1,36 +1,23 @@
 """A report on chat data as one HTML page that opens from disk: no network, no JavaScript, light and dark, readable on a phone.
 
-The page is report_page.html.jinja; everything that comes from the data is escaped there. The plots are inline SVG whose text
-is text, so that the page's CSS gives it font and colour. Sizes of plots are in inches, of 72 SVG units each.
+The page is report_page.html.jinja; everything that comes from the data is escaped there.
 """
 
 from __future__ import annotations
 
-import io
-import json
-import re
-import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import Environment, PackageLoader
-from markupsafe import Markup, escape
-
 from lightning_chatgpt.chat.faults import KINDS
-from lightning_chatgpt.errors import ConfigError
+from lightning_chatgpt.pages.plots import COLOURS, LIMIT_COLOUR, Plot, bars, check_matplotlib, plot
+from lightning_chatgpt.pages.render import percent, render, show
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
-_INK = "#808080"  # reads on white and on black, where the page's CSS is lost
-_COLOURS = ("#3b82c4", "#d97b29", "#3f9f6b", "#9b6fc0", "#b8a02c")
-_LIMIT_COLOUR = "#d1495b"
-_WIDTH = 5.2
 _MOST_BARS = 12
-_LABEL_LENGTH = 26
 _SHORT_EXAMPLE = 200  # tokens up to which an example is shown unfolded
 _CONTROL_PICTURES = {code: 0x2400 + code for code in range(32) if code not in (9, 10)} | {127: 0x2421}
 
@@ -48,15 +35,6 @@ _COUNTS = {
     "skipped": "conversations too long and left out",
     "unsupervised": "conversations with nothing to learn, left out",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Plot:
-    """One plot: its title and a sentence below it, as the page shows them, and the picture."""
-
-    title: str
-    note: str
-    svg: Markup
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,20 +70,12 @@ def render_page(report: Mapping[str, Any]) -> str:
     Raises:
         ConfigError: matplotlib is not installed.
     """
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError as error:
-        raise ConfigError(
-            f"the report's page needs matplotlib for its plots, which cannot be imported ({error}): pip install 'lightning-chatgpt[report]'"
-        ) from None
+    check_matplotlib()
     parts: Mapping[str, Mapping[str, Any]] = report["parts"]
     settings = report.get("settings") or {}
     sources = report.get("sources") or {}
-    environment = Environment(
-        loader=PackageLoader("lightning_chatgpt", "data"), autoescape=True, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
-    )
-    environment.filters.update(show=_show, percent=_percent)
-    page = environment.get_template("report_page.html.jinja").render(
+    return render(
+        "data/report_page.html.jinja",
         report=report,
         parts=parts,
         counts={key: about for key, about in _COUNTS.items() if any(key in part for part in parts.values())},
@@ -120,7 +90,6 @@ def render_page(report: Mapping[str, Any]) -> str:
             "fit": [*_policies(parts, settings.get("truncation")), *_padding(parts, packing=bool(settings.get("packing")))],
         },
     )
-    return page.encode("utf-8", "replace").decode()  # half a UTF-16 character could not be written to a file
 
 
 # Tables and examples.
@@ -144,7 +113,7 @@ def _cleaning(sources: Mapping[str, Any]) -> Iterator[tuple[str, str, int, int, 
     for name, source in sources.items():
         for step in source.get("cleaning") or ():
             others = {key: count for key, count in step.items() if key not in ("step", "changed", "dropped")}
-            yield name, step.get("step", ""), step.get("changed", 0), step.get("dropped", 0), _show(others)
+            yield name, step.get("step", ""), step.get("changed", 0), step.get("dropped", 0), show(others)
 
 
 def _tokens(tokens: Sequence[Sequence[Any]]) -> list[ShownToken]:
@@ -158,29 +127,6 @@ def _tokens(tokens: Sequence[Sequence[Any]]) -> list[ShownToken]:
         shown.append(ShownToken(leading, rest.split("\n"), weight != 0, bool(is_control), written, weight != previous))
         previous = weight
     return shown
-
-
-def _show(value: Any) -> str:
-    """Plain data for people: thousands separators, yes and no, lists with commas."""
-    if value is None or value == "":
-        return "–"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, float):
-        return f"{value:,.4g}"
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_show(inner)}" for key, inner in value.items())
-    if isinstance(value, (list, tuple)):
-        return ", ".join(map(_show, value))
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-
-
-def _percent(share: float) -> str:
-    if 0 < share < 0.001:
-        return "under 0.1%"
-    return f"{share:.1%}" if 0 < share < 0.0995 or 0.9905 < share < 1 else f"{share:.0%}"
 
 
 # Plots.
@@ -199,23 +145,23 @@ def _lengths(parts: Mapping[str, Mapping[str, Any]], max_length: Any) -> Iterato
         if isinstance(max_length, int):
             # Encoding counts exactly; the bins can only say how many may be longer.
             n_long = part.get("longer", sum(count for start, _, count in bins if start > max_length))
-            share = _percent(n_long / n_all) if n_long else ""
+            share = percent(n_long / n_all) if n_long else ""
             note = f"{n_long:,} of {n_all:,} ({share}) are" if n_long else f"None of {n_all:,} is"
             note += f" longer than max_length, {max_length:,} tokens" + (" (the dashed line)." if max_length < 1.5 * end else ".")
 
         def draw(axes: Axes, bins: Any = bins, end: int = end) -> None:
             starts, stops, counts = zip(*((max(start, 1), stop, count) for start, stop, count in bins), strict=True)
             widths = [stop - start for start, stop in zip(starts, stops, strict=True)]
-            axes.bar(starts, counts, width=widths, align="edge", color=_COLOURS[0], edgecolor="#ffffff40", linewidth=0.4)
+            axes.bar(starts, counts, width=widths, align="edge", color=COLOURS[0], edgecolor="#ffffff40", linewidth=0.4)
             axes.set_xscale("log", base=2)  # chats range from a few tokens to tens of thousands
             axes.set(xlabel="tokens of the whole conversation", ylabel="conversations")
             axes.xaxis.set_major_formatter("{x:,.0f}")
             axes.yaxis.set_major_formatter("{x:,.0f}")
             axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
             if isinstance(max_length, int) and max_length < 1.5 * end:
-                axes.axvline(max_length, color=_LIMIT_COLOUR, linestyle="--", linewidth=1.5)
+                axes.axvline(max_length, color=LIMIT_COLOUR, linestyle="--", linewidth=1.5)
 
-        yield _plot(title, note, draw, height=2.6, data="; ".join(f"{start} to {stop}: {count}" for start, stop, count in bins if count))
+        yield plot(title, note, draw, height=2.6, data="; ".join(f"{start} to {stop}: {count}" for start, stop, count in bins if count))
 
 
 def _turns(parts: Mapping[str, Mapping[str, Any]]) -> Iterator[Plot]:
@@ -252,7 +198,7 @@ def _sources(parts: Mapping[str, Mapping[str, Any]]) -> Iterator[Plot]:
 
 def _policies(parts: Mapping[str, Mapping[str, Any]], chosen: Any) -> Iterator[Plot]:
     found = {name: part["policies"] for name, part in parts.items() if part.get("policies")}
-    yield from _bars(
+    yield from bars(
         "What each way of truncation would lose",
         {name: {policy: counts.get("lost", 0) for policy, counts in policies.items()} for name, policies in found.items()},
         axis="supervised tokens lost",
@@ -263,11 +209,11 @@ def _policies(parts: Mapping[str, Mapping[str, Any]], chosen: Any) -> Iterator[P
 
 def _padding(parts: Mapping[str, Mapping[str, Any]], *, packing: bool) -> Iterator[Plot]:
     found = {name: part["padding"] for name, part in parts.items() if part.get("padding")}
-    yield from _bars(
+    yield from bars(
         "How much of a batch is padding",
         found,
         axis="share of a batch's places that no token fills",
-        label=lambda name, way: _percent(found[name][way]),
+        label=lambda name, way: percent(found[name][way]),
         chosen="packed" if packing else None,
         is_share=True,
     )
@@ -280,110 +226,4 @@ def _share_bars(title: str, series: Mapping[str, Counter[str]], *, of: str, cate
     def label(name: str, key: str) -> str:
         return f"{series[name][key]:,}"
 
-    yield from _bars(title, shares, axis=f"share of {of}", label=label, category=category, note=note, is_share=True)
-
-
-def _bars(
-    title: str,
-    series: Mapping[str, Mapping[str, float]],
-    *,
-    axis: str,
-    label: Callable[[str, str], str],
-    category: str = "",
-    chosen: str | None = None,
-    note: str = "",
-    is_share: bool = False,
-) -> Iterator[Plot]:
-    """Horizontal bars, those of one category together; no plot where there is nothing but zeros.
-
-    Args:
-        title: What is shown, in words.
-        series: For each colour the length of each category's bar.
-        axis: What the bars measure.
-        label: What stands beside the bar of a series and a category.
-        category: What the categories are.
-        chosen: The category that is set; the others' bars are paler.
-        note: A sentence below the plot.
-        is_share: Whether bars are fractions of 1.
-    """
-    from matplotlib.patches import Patch
-    from matplotlib.ticker import MaxNLocator
-
-    categories = list(dict.fromkeys(key for values in series.values() for key in values))
-    if not any(any(values.values()) for values in series.values()):
-        return
-    colours = [_COLOURS[i % len(_COLOURS)] for i in range(len(series))]
-    thickness = 0.8 / len(series)
-    longest = max(max(values.values(), default=0.0) for values in series.values())
-    n_label = max(len(label(name, key)) for name, values in series.items() for key in values)
-
-    def draw(axes: Axes) -> None:
-        for i, (name, values) in enumerate(series.items()):
-            for key, value in values.items():
-                place = categories.index(key) + (i - (len(series) - 1) / 2) * thickness
-                alpha = 0.45 if chosen in categories and key != chosen else 1.0
-                axes.barh(place, value, thickness * 0.9, color=colours[i], alpha=alpha)
-                axes.annotate(label(name, key), (value, place), (4, 0), textcoords="offset points", va="center", fontsize=9)
-        axes.set_yticks(range(len(categories)), [_clean(key) + " (chosen)" * (key == chosen) for key in categories])
-        axes.set_ylim(len(categories) - 0.45, -0.55)
-        axes.set_xlim(0, longest * (1.06 + 0.032 * n_label))  # room for the label beside the longest bar
-        axes.set(xlabel=axis, ylabel=category)
-        axes.xaxis.set_major_formatter((lambda x, _: f"{x:.0%}" if x <= 1 else "") if is_share else "{x:,.0f}")
-        axes.xaxis.set_major_locator(MaxNLocator(5))
-        axes.tick_params(axis="y", length=0)
-        if len(series) > 1:
-            patches = [Patch(color=colour, label=_clean(name)) for colour, name in zip(colours, series, strict=True)]
-            axes.figure.legend(handles=patches, loc="outside upper left", ncols=3, frameon=False)
-
-    data = "; ".join(f"{name}, {key}: {label(name, key)}" for name, values in series.items() for key in values)
-    height = 0.75 + (0.3 if len(series) > 1 else 0) + len(categories) * (0.14 + 0.2 * len(series))
-    yield _plot(title, note, draw, height=height, data=data)
-
-
-def _plot(title: str, note: str, draw: Callable[[Axes], None], *, height: float, data: str) -> Plot:
-    """Draw on axes of their own, without pyplot and without a trace in matplotlib's settings.
-
-    Args:
-        title: What is shown; it salts the ids of the SVG too, which have to differ within the page.
-        note: A sentence below the plot.
-        draw: Draws.
-        height: In inches.
-        data: The numbers in words, for who does not see the plot.
-    """
-    from matplotlib import style
-    from matplotlib.figure import Figure
-
-    settings: dict[str, Any] = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": ascii(title),
-        "text.parse_math": False,  # a source may be called $x$
-        "font.size": 10,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _INK),
-    }
-    with style.context(settings, after_reset=True), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from")  # the browser has a font for it
-        figure = Figure(figsize=(_WIDTH, height), layout="constrained")
-        draw(figure.add_subplot())
-        svg = _svg(figure)
-    alt = escape(" ".join(filter(None, [f"{title}.", note, data])))
-    return Plot(title, note, Markup(svg.replace("<svg ", f'<svg role="img" aria-label="{alt}" ', 1)))
-
-
-def _svg(figure: Figure) -> str:
-    """A figure as an inline SVG element that takes the width it is given."""
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg ") :]
-    svg = re.sub(r'(?<= )(?:width|height)="[^"]*" ', "", svg, count=2)
-    svg = re.sub(r"\s*<defs>\s*<style[^>]*>[^<]*</style>\s*</defs>", "", svg, count=1)  # it would hold for the whole page
-    return re.sub(r'<g id="[^"]*"(/?)>', r"<g\1>", svg)  # nothing refers to these, and each plot has the same
-
-
-def _clean(label: str) -> str:
-    """A label from the data, on one line of bounded length."""
-    label = "".join(c if c.isprintable() else "\ufffd" for c in label)
-    half = _LABEL_LENGTH // 2
-    return label if len(label) <= _LABEL_LENGTH else f"{label[: half - 1]}…{label[-half:]}"
+    yield from bars(title, shares, axis=f"share of {of}", label=label, category=category, note=note, is_share=True)

@@ -1,0 +1,1 @@
+"""What the package's HTML pages have in common."""

@@ -45,6 +45,30 @@ class Estimate(NamedTuple):
         return {name: None if value != value else value for name, value in self._asdict().items()}
 
 
+class Resampled(NamedTuple):
+    """A figure, and what it is in each resample of the records.
+
+    Attributes:
+        value: The figure over all records; NaN where there was nothing to count.
+        figures: (R,) the figure in each resample; the r-th resample of as many records draws the same ones, whatever the figure.
+        n: Records.
+    """
+
+    value: float
+    figures: Tensor
+    n: int
+
+    def estimate(self) -> Estimate:
+        """The figure with its interval."""
+        low, high = interval(self.figures)
+        return Estimate(self.value, low, high, self.n)
+
+    def minus(self, other: Resampled) -> Estimate:
+        """This figure less that of another model over the same records, in the same order: the paired bootstrap."""
+        assert self.n == other.n, "pairs are of the same records"
+        return Resampled(self.value - other.value, self.figures - other.figures, self.n).estimate()
+
+
 def resampled_counts(n: int, *, n_resamples: int = N_RESAMPLES, seed: int = 0) -> Iterator[Tensor]:
     """How often each of n records is drawn in each resample of n.
 
@@ -57,8 +81,8 @@ def resampled_counts(n: int, *, n_resamples: int = N_RESAMPLES, seed: int = 0) -
         yield torch.zeros(drawn.shape, dtype=torch.float64).scatter_add_(1, drawn, torch.ones(drawn.shape, dtype=torch.float64))
 
 
-def estimate(rows: Tensor, statistic: Statistic, *, seed: int = 0) -> Estimate:
-    """A figure with its interval.
+def resample(rows: Tensor, statistic: Statistic, *, seed: int = 0) -> Resampled:
+    """A figure, over all records and in each resample.
 
     Args:
         rows: (N, S) what each record adds to the sums.
@@ -66,10 +90,15 @@ def estimate(rows: Tensor, statistic: Statistic, *, seed: int = 0) -> Estimate:
         seed: Chooses the resamples.
     """
     rows = rows.double()
-    if not len(rows):
-        return Estimate(float("nan"), float("nan"), float("nan"), 0)
-    resampled = torch.cat([statistic(counts @ rows) for counts in resampled_counts(len(rows), seed=seed)]) if len(rows) > 1 else None
-    return _estimate(statistic(rows.sum(0)), resampled, len(rows))
+    if len(rows) < 2:  # nothing varies
+        return Resampled(float(statistic(rows[0])) if len(rows) else float("nan"), torch.zeros(0, dtype=torch.float64), len(rows))
+    figures = torch.cat([statistic(counts @ rows) for counts in resampled_counts(len(rows), seed=seed)])
+    return Resampled(float(statistic(rows.sum(0))), figures, len(rows))
+
+
+def estimate(rows: Tensor, statistic: Statistic, *, seed: int = 0) -> Estimate:
+    """A figure with its interval; arguments as :func:`resample` takes them."""
+    return resample(rows, statistic, seed=seed).estimate()
 
 
 def difference(ours: Tensor, theirs: Tensor, statistic: Statistic, *, seed: int = 0) -> Estimate:
@@ -81,9 +110,7 @@ def difference(ours: Tensor, theirs: Tensor, statistic: Statistic, *, seed: int 
         statistic: From the sums to the figure.
         seed: Chooses the resamples.
     """
-    both = torch.cat([ours, theirs], dim=1)
-    n_sums = ours.size(1)
-    return estimate(both, lambda sums: statistic(sums[..., :n_sums]) - statistic(sums[..., n_sums:]), seed=seed)
+    return resample(ours, statistic, seed=seed).minus(resample(theirs, statistic, seed=seed))
 
 
 def interval(resampled: Tensor) -> tuple[float, float]:
@@ -93,8 +120,3 @@ def interval(resampled: Tensor) -> tuple[float, float]:
         return float("nan"), float("nan")
     low, high = known.quantile(torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=known.dtype)).tolist()
     return low, high
-
-
-def _estimate(value: Tensor, resampled: Tensor | None, n: int) -> Estimate:
-    low, high = interval(resampled) if resampled is not None else (float("nan"), float("nan"))
-    return Estimate(float(value), low, high, n)

@@ -111,6 +111,11 @@ class Encoder:
         for chats in self._encode_ways(conversations, policies):
             yield dict(zip(policies, chats, strict=True))
 
+    def turns(self, conversation: Conversation) -> list[EncodedTurn]:
+        """A conversation's messages as token ids, however long it is."""
+        written = self._write(conversation)
+        return self._encode_turns(conversation.messages, written, self._encode_texts(turn.content for turn in written))
+
     def encode_prompt(self, conversation: Conversation) -> list[int]:
         """Encode a conversation up to where the assistant is about to speak; the oldest exchanges are left out to fit.
 

@@ -115,7 +115,9 @@ class _HeadLoss(torch.autograd.Function):
             # Half precision would round each loss to three digits, and a sum of gradients to less.
             exact = torch.float64 if dtype == torch.float64 else torch.float32
             weights = weights.to(exact)
-            nll = torch.empty(len(rows), dtype=exact, device=rows.device)
+            # With nothing to back-propagate, the last digits of evaluation cost nothing; Apple's GPUs know no float64.
+            nll_dtype = exact if wants_gradient or device == "mps" else torch.float64
+            nll = torch.empty(len(rows), dtype=nll_dtype, device=rows.device)
             is_correct = torch.empty(len(rows), dtype=torch.bool, device=rows.device)
             by_hidden = torch.empty_like(rows) if wants_gradient else None
             by_weight = torch.zeros_like(weight, dtype=exact) if wants_gradient and ctx.needs_input_grad[1] else None
@@ -125,11 +127,15 @@ class _HeadLoss(torch.autograd.Function):
                 here = slice(start, start + n_rows)
                 ids, own = token_ids[here, None], weights[here, None]  # (n, 1)
                 logits = torch.nn.functional.linear(rows[here], matrix, None if bias is None else bias.to(dtype)).to(exact)  # (n, V)
-                is_correct[here] = logits.argmax(-1) == token_ids[here]
+                best = logits.argmax(-1, keepdim=True)
+                is_correct[here] = (best == ids)[:, 0]
+                if by_hidden is None:
+                    highest, reached = logits.gather(1, best), logits.gather(1, ids)
+                    total = logits.sub_(highest).exp_().sum(-1, keepdim=True)  # of equal logits exactly V
+                    nll[here] = (total.to(nll_dtype).log() + (highest.to(nll_dtype) - reached.to(nll_dtype)))[:, 0]
+                    continue
                 log_probabilities = torch.log_softmax(logits, -1, out=logits)
                 nll[here] = -log_probabilities.gather(1, ids)[:, 0]
-                if by_hidden is None:
-                    continue
                 error = log_probabilities.exp_().scatter_add_(1, ids, torch.full_like(own, -1))  # softmax - one-hot
                 if by_bias is not None:
                     by_bias += (error * own).sum(0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 import warnings
@@ -16,7 +15,6 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins import CheckpointIO
 from lightning_utilities.core.rank_zero import rank_zero_only, rank_zero_warn
-from transformers.utils import logging as transformers_logging
 
 from lightning_chatgpt.arguments import OneLineParser, union_reason
 from lightning_chatgpt.callbacks.checkpoint import RunCheckpoint
@@ -38,6 +36,7 @@ from lightning_chatgpt.memory import keep_freed_memory
 from lightning_chatgpt.models.build import read_checkpoint
 from lightning_chatgpt.models.causal_lm import CausalLMModule
 from lightning_chatgpt.precision import ChatTrainer
+from lightning_chatgpt.quiet import quieten
 from lightning_chatgpt.run_folder import RunFolder, find_checkpoint, run_files
 
 _LEFT_BY_A_START = {"config.yaml", "run.json", "samples.jsonl"}  # which may have failed before it trained
@@ -193,7 +192,7 @@ def run_trainer_verb(arguments: Sequence[str]) -> None:
     # A class_path in the working folder is found by `python -m`; by the console script only with this.
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
-    _quieten()
+    quieten()
     if os.environ.get("LIGHTNING_CHATGPT_KEEP_MEMORY", "1") != "0":
         keep_freed_memory()
     try:
@@ -208,18 +207,3 @@ def run_trainer_verb(arguments: Sequence[str]) -> None:
         if said is None and (reason := union_reason(str(error))):
             raise ConfigError(reason) from None
         raise (said or error) from None
-
-
-def _quieten() -> None:
-    """Leave out what a user can do nothing about: some warnings, an advertisement, and bars for a moment's work."""
-    for message in (
-        ".*does not have many workers.*",
-        ".*is not supported by the model summary.*",
-        ".*Checkpoint directory .* exists and is not empty.*",
-        ".*Experiment logs directory .* exists and is not empty.*",
-        ".*isinstance.treespec, LeafSpec.* is deprecated.*",
-        ".*default `LightningModule.configure_gradient_clipping` will not actually.*",  # DeepSpeed clips by itself, as it should
-    ):
-        warnings.filterwarnings("ignore", message=message)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.getMessage())
-    transformers_logging.disable_progress_bar()

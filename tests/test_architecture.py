@@ -19,6 +19,7 @@ FLOORS = {
     "hub": 1,
     "memory": 1,
     "precision": 1,
+    "quiet": 1,
     "settings": 1,
     "chat": 1,
     "pages": 2,

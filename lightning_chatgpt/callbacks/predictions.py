@@ -23,7 +23,8 @@ class PredictionWriter(BasePredictionWriter):
 
     A line holds ``id``, ``prompt`` (messages), ``reply``, ``reference`` (null if there is none), ``prompt_tokens``,
     ``completion_tokens`` and ``finish_reason``. Processes that answer different ones write a part each,
-    which are put together at the end. A predict of the same checkpoint and prompts that was broken off is gone on with.
+    which are put together at the end. A predict of the same checkpoint and prompts that was broken off is gone on with; a module that
+    comes from elsewhere says by ``prediction_key`` what its replies depend on.
 
     Args:
         filename: The file in the run folder.
@@ -138,9 +139,10 @@ def _lines(path: Path) -> list[str]:
 def _key(trainer: Trainer, pl_module: LightningModule, data: Any) -> str:
     """What replies depend on; empty where that is not known."""
     path = trainer.ckpt_path
-    if path is None or not Path(path).is_file() or not hasattr(data, "prediction_key"):
-        return ""
-    return f"{written_at(path)} {type(pl_module).__qualname__} {data.prediction_key}"
+    own = getattr(pl_module, "prediction_key", None)
+    if own is None and path is not None and Path(path).is_file():
+        own = f"{written_at(path)} {type(pl_module).__qualname__}"
+    return f"{own} {data.prediction_key}" if own is not None and hasattr(data, "prediction_key") else ""
 
 
 def _interleaved(parts: Sequence[Path]) -> Iterator[str]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
 from importlib import import_module
+from inspect import signature
+from typing import Any
 
 
 def run_command(verb: str, arguments: Sequence[str]) -> None:
@@ -18,4 +21,37 @@ def run_command(verb: str, arguments: Sequence[str]) -> None:
     from lightning_chatgpt.arguments import OneLineParser
 
     function = getattr(import_module(f"{__name__}.{verb}"), verb)
-    auto_cli(function, args=list(arguments), as_positional=True, prog=f"lightning-chatgpt {verb}", parser_class=OneLineParser)
+    auto_cli(
+        function, args=as_parsed(function, arguments), as_positional=True, prog=f"lightning-chatgpt {verb}", parser_class=OneLineParser
+    )
+
+
+def as_parsed(function: Callable[..., Any], arguments: Sequence[str]) -> list[str]:
+    """A command line as people write it, in the form that jsonargparse takes.
+
+    Several names where the function's first parameter is a list become one argument, ``["a", "b"]``; a switch alone, ``--overwrite``,
+    becomes ``--overwrite=true``.
+
+    Args:
+        function: What is called with it, annotated by text.
+        arguments: The command line after the verb.
+    """
+    parameters = signature(function).parameters
+    switches = {f"--{name}" for name, parameter in parameters.items() if parameter.annotation == "bool"}
+    takes_list = next(iter(parameters.values())).annotation == "list[str]"
+    options: list[str] = []
+    names: list[str] = []
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        if not argument.startswith("-"):
+            names.append(argument)
+        elif argument in switches and rest[:1] not in (["true"], ["false"]):
+            options.append(f"{argument}=true")
+        elif "=" in argument or argument in ("-h", "--help") or not rest:
+            options.append(argument)
+        else:
+            options += [argument, rest.pop(0)]
+    if takes_list and names and not names[0].startswith("["):
+        names = [json.dumps(names)]
+    return [*names, *options]

@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, Trainer
 from torch.utils.data import DataLoader
 
 from lightning_chatgpt.data.collate import collate
@@ -21,6 +21,12 @@ from lightning_chatgpt.processes import shield_from_signals
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+
+def share_of(trainer: Trainer | None) -> dict[str, int]:
+    """Which share of the rows a process reads, and how many there are, as samplers take it; without a Trainer all."""
+    shares = trainer.distributed_sampler_kwargs if trainer is not None else None
+    return {"rank": shares["rank"], "world_size": shares["num_replicas"]} if shares else {"rank": 0, "world_size": 1}
 
 
 class ServingDataModule(LightningDataModule):
@@ -141,8 +147,7 @@ class ServingDataModule(LightningDataModule):
 
     def _ranks(self) -> dict[str, int]:
         """Whose share of the rows is read here, and how many shares there are; processes that split a model's layers read one share."""
-        shares = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
-        return {"rank": shares["rank"], "world_size": shares["num_replicas"]} if shares else {"rank": 0, "world_size": 1}
+        return share_of(self.trainer)
 
     def _check_shares(self, name: str, n_rows: int) -> None:
         n_processes = self._ranks()["world_size"]

@@ -1,0 +1,80 @@
+"""What a model is evaluated on: files that are named, or what a run held out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lightning_chatgpt.chat.conversation import Conversation
+from lightning_chatgpt.data.base import TokenDataModule
+from lightning_chatgpt.data.preparation import tell_faults
+from lightning_chatgpt.data.sources import SourceReport, read_conversations, read_documents
+from lightning_chatgpt.errors import ConfigError, DataError
+from lightning_chatgpt.evaluation.records import Item
+
+
+def read_items(source: str, *, is_text: bool = False) -> list[Item]:
+    """Read conversations, or documents of plain text.
+
+    Args:
+        source: As ``data.train`` takes it.
+        is_text: Whether it holds documents.
+
+    Raises:
+        DataError: There is no such source, nothing in it, or a record of it cannot be used.
+    """
+    report = SourceReport()
+    contents: Iterator[Conversation | str] = (
+        read_documents(source, report=report) if is_text else read_conversations(source, report=report, needs_reply=False)
+    )
+    items = [Item(content, _id(content, source, number), source) for number, content in enumerate(contents, start=1)]
+    if not items:
+        raise DataError(f"{source}: nothing to read in there")
+    tell_faults(source, report.to_dict())
+    return items
+
+
+def held_out_items(models: Sequence[str]) -> tuple[list[Item], str]:
+    """What the first run folder among the models held out when it was trained: its test split, or else its validation split.
+
+    Returns: the items, and a sentence that says what they are.
+
+    Raises:
+        ConfigError: There is no run folder among them, or it held nothing out.
+    """
+    folder = next((Path(model) for model in models if (Path(model) / "config.yaml").is_file()), None)
+    if folder is None:
+        raise ConfigError("there is nothing to evaluate on: none of the models is a run folder that held something out; set --data FILE")
+    module = _data_module(folder / "config.yaml")
+    part = "test" if module.test else "validation"
+    if not getattr(module, part):
+        raise ConfigError(f"{folder}: the run held nothing out (data.validation, data.test); set --data FILE")
+    found = module.load_parts("test" if part == "test" else "validate")[part]
+    items = [
+        Item(content, _id(content, source.name, number), source.name)
+        for source in found
+        for number, content in enumerate((module.load(text) for text in source.table.column("content", source.rows)), start=1)
+    ]
+    return items, f"the {part} split of {folder}"
+
+
+def _id(content: Conversation | str, source: str, number: int) -> str:
+    return (content.id if isinstance(content, Conversation) else "") or f"{source}:{number}"
+
+
+def _data_module(config: Path) -> TokenDataModule[Any]:
+    """The data module that a run's config describes."""
+    try:
+        data = yaml.safe_load(config.read_text(encoding="utf-8"))["data"]
+        module, _, name = data["class_path"].rpartition(".")
+        cls = getattr(import_module(module), name)
+        built = cls(**data.get("init_args", {}))
+    except (yaml.YAMLError, KeyError, TypeError, ImportError, AttributeError) as error:
+        raise ConfigError(f"{config}: tells no data module that can be built ({' '.join(str(error).split())}); set --data FILE") from None
+    if not isinstance(built, TokenDataModule):
+        raise ConfigError(f"{config}: its data is a {name}, of which it is not known what it holds out; set --data FILE")
+    return built

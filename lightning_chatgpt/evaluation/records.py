@@ -1,0 +1,198 @@
+"""What a model makes of each item of the data: a record of plain data, from which every figure is taken.
+
+A conversation's record holds ``id``, ``source``, ``labels``, ``prompt`` (messages), ``reference``, ``reply``, ``finish_reason``,
+``completion_tokens`` and ``scores``: for each message, and for the markers that the template writes around them, its ``role``,
+``weight``, ``tokens``, ``nll`` (nats, summed), ``correct`` and ``bytes`` (of its content, in UTF-8). A document's holds no reply.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import xxhash
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning_utilities.core.rank_zero import rank_zero_info
+from torch.utils.data import DataLoader
+
+from lightning_chatgpt.callbacks.predictions import PredictionWriter
+from lightning_chatgpt.chat.conversation import Conversation
+from lightning_chatgpt.chat.encoding import Encoder
+from lightning_chatgpt.chat.text_encoding import TextEncoder
+from lightning_chatgpt.data.sampler import ShardSampler
+from lightning_chatgpt.data.serving import share_of
+from lightning_chatgpt.errors import ConfigError
+from lightning_chatgpt.evaluation.likelihood import MARKERS, Score, Text, score_texts, text_of_chat
+from lightning_chatgpt.generation.generate import generate_replies, max_positions
+from lightning_chatgpt.models.attention import set_attention
+from lightning_chatgpt.precision import ChatTrainer
+
+if TYPE_CHECKING:
+    from lightning_chatgpt.models.build import LoadedModel
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Item:
+    """What a record is made of.
+
+    Attributes:
+        content: A conversation, or a document.
+        id: Names it.
+        source: Where it came from.
+    """
+
+    content: Conversation | str
+    id: str
+    source: str
+
+    @property
+    def text(self) -> str:
+        """All there is to know of it, written down."""
+        return self.content if isinstance(self.content, str) else json.dumps(self.content.to_record())
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """How items are measured.
+
+    Attributes:
+        batch_size: Items at once.
+        max_new_tokens: Tokens a reply may have; 0 for no replies.
+        stride: Tokens of a long text that a window scores anew; None for half of the model's positions.
+    """
+
+    batch_size: int
+    max_new_tokens: int
+    stride: int | None
+
+
+def items_digest(items: Sequence[Item]) -> str:
+    """The same for the same items in the same order."""
+    return xxhash.xxh3_128_hexdigest(json.dumps([(item.id, item.source, item.text) for item in items]).encode())
+
+
+def network_digest(model: LoadedModel) -> str:
+    """The same for the same weights and tokenizer."""
+    digest = xxhash.xxh3_128()
+    for name, tensor in sorted(model.network.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    digest.update(json.dumps([model.tokenizer.get_vocab(), model.tokenizer.chat_template], sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def measure(model: LoadedModel, items: Sequence[Item], *, trainer: ChatTrainer, name: str, settings: Measuring) -> list[Record]:
+    """Score and answer every item, each once over all processes; what was broken off is gone on with.
+
+    Args:
+        model: The network, and its tokenizer.
+        items: The data.
+        trainer: Whose ``default_root_dir`` the records are written to, one line of JSON each.
+        name: The file's, to which what its records depend on is added.
+        settings: How.
+
+    Returns: the records, in the order of the items; on other processes than the first none.
+
+    Raises:
+        ConfigError: A setting does not fit the model.
+    """
+    data = _Items(items, batch_size=settings.batch_size)
+    module = _MeasuredModel(model, settings)
+    key = xxhash.xxh3_64_hexdigest(f"{module.prediction_key} {data.prediction_key}".encode())
+    path = Path(trainer.default_root_dir) / f"{name}-{key}.jsonl"
+    if path.is_file():
+        rank_zero_info(f"{name}: measured before ({path})")
+    else:
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        callbacks[:] = [callback for callback in callbacks if not isinstance(callback, PredictionWriter)] + [PredictionWriter(path.name)]
+        trainer.predict(module, datamodule=data, return_predictions=False)
+    if not trainer.is_global_zero:
+        return []
+    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [record for _, record in sorted(zip(data.order, records, strict=True), key=lambda pair: pair[0])]
+
+
+class _Items(LightningDataModule):
+    """Serves items, those of about one length together, each once over all processes."""
+
+    def __init__(self, items: Sequence[Item], *, batch_size: int) -> None:
+        super().__init__()
+        lengths = [len(item.text) for item in items]
+        self.order = sorted(range(len(items)), key=lengths.__getitem__)
+        self.prompts = [items[i] for i in self.order]
+        self.batch_size = batch_size
+        self.n_predicted = 0
+        self.prediction_key = items_digest(self.prompts)
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        sampler = ShardSampler(range(len(self.prompts)), n_read=self.n_predicted, **share_of(self.trainer))
+        return DataLoader(self.prompts, batch_size=self.batch_size, sampler=sampler, collate_fn=list)  # type: ignore[arg-type]
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        return batch  # text; what is made of it is moved where it is made
+
+
+class _MeasuredModel(LightningModule):
+    """Makes records of items."""
+
+    def __init__(self, model: LoadedModel, settings: Measuring) -> None:
+        super().__init__()
+        self.network, self.tokenizer = model
+        set_attention(self.network, "auto")  # as it is trained
+        self.settings = settings
+        positions = max_positions(self.network)
+        if settings.max_new_tokens >= positions:
+            raise ConfigError(f"max_new_tokens {settings.max_new_tokens} leaves no room for a prompt in the model's {positions} positions")
+        self._encoder = Encoder(self.tokenizer, max_length=positions - settings.max_new_tokens, supervise="all")
+        self._texts = TextEncoder(self.tokenizer)
+        self.prediction_key = f"{network_digest(model)} {settings}"
+
+    def predict_step(self, batch: list[Item], batch_idx: int) -> list[Record]:
+        texts = [self._text_of(item) for item in batch]
+        settings = self.settings
+        scores = score_texts(
+            self.network, texts, pad_token_id=self.tokenizer.pad_token_id, batch_size=settings.batch_size, stride=settings.stride
+        )
+        records = [_record(item, found) for item, found in zip(batch, scores, strict=True)]
+        asked = [item.content.prompt_and_reference()[0] for item in batch if isinstance(item.content, Conversation)]
+        if asked and settings.max_new_tokens:
+            prompts = [self._encoder.encode_prompt(prompt) for prompt in asked]
+            replies = iter(generate_replies(self.network, self.tokenizer, prompts, max_new_tokens=settings.max_new_tokens))
+            for record in records:
+                if "prompt" in record:
+                    reply = next(replies)
+                    record.update(reply=reply.text, finish_reason=reply.finish_reason, completion_tokens=reply.n_tokens)
+        return records
+
+    def _text_of(self, item: Item) -> Text:
+        if isinstance(item.content, Conversation):
+            return text_of_chat(self._encoder, item.content)
+        (ids,) = self._texts.encode([item.content])
+        end = self.tokenizer.eos_token_id
+        if end is None:
+            raise ConfigError("the model's tokenizer has no end-of-text token, after which a document begins; evaluate it on chats")
+        return Text([end, *ids], [MARKERS, *[0] * len(ids)])
+
+
+def _record(item: Item, scores: dict[int, Score]) -> Record:
+    def score(part: int, role: str, weight: float, text: str) -> Record:
+        return {"role": role, "weight": weight, "bytes": len(text.encode()), **scores.get(part, Score(0, 0.0, 0))._asdict()}
+
+    if isinstance(item.content, str):
+        return {"id": item.id, "source": item.source, "labels": {}, "scores": [score(0, "text", 1.0, item.content)]}
+    prompt, reference = item.content.prompt_and_reference()
+    spoken = [score(number, message.role, message.weight, message.content) for number, message in enumerate(item.content.messages)]
+    return {
+        "id": item.id,
+        "source": item.source,
+        "labels": dict(item.content.labels),
+        "prompt": prompt.to_dict()["messages"],
+        "reference": reference,
+        "scores": [*spoken, score(MARKERS, "markers", 0.0, "")],
+    }

@@ -23,6 +23,7 @@ _TRAINER_VERBS = {
 _COMMANDS = {
     "chat": "talk to a model in the terminal",
     "evaluate": "tell how good models are, and which is better",
+    "explain": "see how likely each token of a reply was, and what moved it",
     "export": "write a model as a plain transformers folder",
     "tokenizer": "train a tokenizer and compare it with GPT-2's",
 }

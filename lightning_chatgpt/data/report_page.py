@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_chatgpt.chat.faults import KINDS
 from lightning_chatgpt.pages.plots import COLOURS, LIMIT_COLOUR, Plot, bars, check_matplotlib, plot
-from lightning_chatgpt.pages.render import percent, render, show
+from lightning_chatgpt.pages.render import TokenText, percent, render, show, token_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _MOST_BARS = 12
 _SHORT_EXAMPLE = 200  # tokens up to which an example is shown unfolded
-_CONTROL_PICTURES = {code: 0x2400 + code for code in range(32) if code not in (9, 10)} | {127: 0x2421}
 
 # What is counted in a part, and how it is told.
 _COUNTS = {
@@ -42,16 +41,14 @@ class ShownToken:
     """One token as the page shows it.
 
     Attributes:
-        leading: The spaces it begins with.
-        lines: The rest of its text, cut at its line breaks.
+        text: Its text, cut where something is to be seen.
         is_learnt: Whether it counts in the loss.
         is_control: Whether it is a control token, which no text can spell.
         weight: Its loss weight where that is neither 0 nor 1, else empty.
         begins_weight: Whether the token before has another weight; only then is it written beside the token.
     """
 
-    leading: str
-    lines: list[str]
+    text: TokenText
     is_learnt: bool
     is_control: bool
     weight: str
@@ -120,11 +117,8 @@ def _tokens(tokens: Sequence[Sequence[Any]]) -> list[ShownToken]:
     shown = []
     previous = 0.0
     for text, weight, is_control in tokens:
-        text = str(text).translate(_CONTROL_PICTURES)
-        rest = text.lstrip(" ")
         written = "" if weight in (0, 1) else f"{weight:g}"
-        leading = text[: len(text) - len(rest)]
-        shown.append(ShownToken(leading, rest.split("\n"), weight != 0, bool(is_control), written, weight != previous))
+        shown.append(ShownToken(token_text(str(text)), weight != 0, bool(is_control), written, weight != previous))
         previous = weight
     return shown
 

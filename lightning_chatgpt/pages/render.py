@@ -5,9 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader
+
+_CONTROL_PICTURES = {code: 0x2400 + code for code in range(32) if code not in (9, 10)} | {127: 0x2421}
+
+
+class TokenText(NamedTuple):
+    """A token's text, for the macro ``token_text``: the spaces it begins with, and the rest, cut at its line breaks."""
+
+    leading: str
+    lines: list[str]
 
 
 def render(template: str, **context: Any) -> str:
@@ -29,6 +38,13 @@ def render(template: str, **context: Any) -> str:
     environment.filters.update(show=show, percent=percent)
     # Half a UTF-16 character could not be written to a file.
     return environment.get_template(template).render(context).encode("utf-8", "replace").decode()
+
+
+def token_text(text: str) -> TokenText:
+    """Cut a token's text where something is to be seen that cannot be; control characters become pictures of them."""
+    text = text.translate(_CONTROL_PICTURES)
+    rest = text.lstrip(" ")
+    return TokenText(text[: len(text) - len(rest)], rest.split("\n"))
 
 
 def show(value: Any) -> str:

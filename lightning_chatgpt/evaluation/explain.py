@@ -1,7 +1,7 @@
 """Why a model said what it said: how likely each token of a reply was, and which tokens before it moved that.
 
 Gradient × input is how fast a token's log-probability changes as the embedding of a token before it is scaled, at the scale it has:
-d log p / d s at s = 1, where s · e stands in place of the embedding e. Source: Shrikumar et al. 2017, "Not Just a Black Box".
+d log p / d s at s = 1, where s · e stands in place of the embedding e. Source: Shrikumar et al. 2016, arXiv 1605.01713.
 
 Shapes: P tokens of the prompt, R of the reply, V entries of the vocabulary, D width of an embedding.
 """
@@ -48,7 +48,10 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class Alternative:
-    """A token that could have stood in the place of another, and the probability that the model gave it there."""
+    """A token that could have stood in the place of another, and the probability that the model gave it there.
+
+    Its text is � where it is part of a character.
+    """
 
     text: str
     id: int
@@ -85,7 +88,7 @@ class Explanation:
         reply: The tokens of the reply.
         vocabulary: How many tokens there were to choose from: V.
         attributions: For each token of the reply and each of prompt and reply, how much the second moved the log-probability of the
-            first: gradient × input, in nats, above 0 where it raised it; 0 for what comes later. Shape (R, P + R).
+            first: gradient × input, in nats; above 0 where more of it would raise that, and 0 for what comes later. Shape (R, P + R).
     """
 
     prompt: list[Token]

@@ -35,7 +35,7 @@ def test_the_models_own_reply(plain_gpt2: Path, capsys: pytest.CaptureFixture[st
     assert "written to explain.html" in printed.err and "written to all.json" in printed.err
     page = Path("explain.html").read_text()
     assert page.startswith("<!DOCTYPE html>") and page.count('role="option"') == 3
-    assert "<title>Why it said that</title>" in page and str(report["command"]).split("explain")[0] in page
+    assert "<title>Why it said that</title>" in page
 
 
 def test_a_given_reply_for_scripts(plain_gpt2: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -68,7 +68,9 @@ def token_losses(network: PreTrainedModel, batch: Batch) -> TokenLosses:
     ).last_hidden_state  # (B, T, D)
     hidden = hidden.flatten(0, 1)[targets.positions]  # (N, D)
     head: Any = network.get_output_embeddings()
-    total, nll, is_correct = _HeadLoss.apply(hidden, head.weight, getattr(head, "bias", None), targets.token_ids, targets.weights)  # type: ignore[no-untyped-call]
+    total, nll, is_correct = _HeadLoss.apply(  # type: ignore[no-untyped-call]
+        hidden, head.weight, getattr(head, "bias", None), targets.token_ids, targets.weights, torch.is_grad_enabled()
+    )
     return TokenLosses(total, nll, targets.weights, targets.token_ids, is_correct)
 
 
@@ -105,11 +107,12 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, token_ids: Tensor, weights: Tensor
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, token_ids: Tensor, weights: Tensor, is_training: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        wants_gradient = any(ctx.needs_input_grad)
+        # Weights that are trained ask for their gradient even where none is recorded, as in validation.
+        wants_gradient = is_training and any(ctx.needs_input_grad)
         with torch.autocast(device, enabled=False):
             rows, matrix = hidden.to(dtype), weight.to(dtype)
             # Half precision would round each loss to three digits, and a sum of gradients to less.
@@ -159,4 +162,4 @@ class _HeadLoss(torch.autograd.Function):
         gradients = (
             None if saved is None else saved.mul_(by_total).to(dtype) for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
-        return (*gradients, None, None)
+        return (*gradients, None, None, None)

@@ -85,7 +85,7 @@ def test_chunks_have_the_gradients_of_the_whole(with_bias: bool, monkeypatch: py
     torch.manual_seed(0)
     hidden, weight, bias = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((50, 16), (300, 16), (300,)))
     token_ids, weights = torch.randint(0, 300, (50,)), torch.rand(50, dtype=torch.float64)
-    total, nll, is_correct = loss._HeadLoss.apply(hidden, weight, bias if with_bias else None, token_ids, weights)
+    total, nll, is_correct = loss._HeadLoss.apply(hidden, weight, bias if with_bias else None, token_ids, weights, True)
     (3 * total).backward()
     leaves = [hidden, weight, *([bias] if with_bias else [])]
     ours = [leaf.grad.clone() for leaf in leaves]
@@ -119,6 +119,28 @@ def test_logits_take_no_more_than_their_share(training: bool, monkeypatch: pytes
             losses.total.backward()
     assert len(losses.nll) * 600 * 4 > 16 * 2**20  # whole, they would take this much
     assert 0.9 * 2**20 < max(sizes) <= 2**20
+
+
+def test_evaluation_takes_no_gradient_of_the_head() -> None:
+    """Guards against one taken in vain: weights that are trained ask for it, whether it is recorded or not."""
+    names: list[str] = []
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and result.shape == (600, 32):
+                names.append(str(func))
+            return result
+
+    rows = [[(np.arange(1, 121, dtype=np.int32), np.ones(120, dtype=np.float32))]]
+    model, batch = network(), collate(rows, pad_token_id=0)
+    with Names(), torch.no_grad():
+        losses = token_losses(model, batch)
+    assert names == []
+    assert losses.nll.dtype == torch.float64
+    with Names():
+        torch.testing.assert_close(token_losses(model, batch).nll.double(), losses.nll, rtol=1e-6, atol=1e-6)
+    assert names != []
 
 
 def test_a_network_with_other_logits_is_refused() -> None:

@@ -46,6 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run a verb and leave: 0 where it went well, 2 with one line on what the user can mend."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     verb = arguments[0] if arguments else "--help"
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        end_with_parent()
     try:
         if verb in ("-h", "--help"):
             verbs = {**_TRAINER_VERBS, **_COMMANDS}
@@ -54,8 +56,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"lightning-chatgpt {__version__}")
         elif verb in _TRAINER_VERBS:
             check_versions()
-            if os.environ.get("LOCAL_RANK", "0") != "0":
-                end_with_parent()
             # Only once in a process: what an earlier run left is garbage.
             with nullcontext() if "lightning" in sys.modules else uncollected():
                 from lightning_chatgpt.cli import run_trainer_verb

@@ -32,6 +32,7 @@ from lightning_chatgpt.commands.inspect import InspectTrainer
 from lightning_chatgpt.configuration import check_keys, resolve_arguments
 from lightning_chatgpt.data.chat import ChatDataModule
 from lightning_chatgpt.errors import ConfigError, UserError
+from lightning_chatgpt.evaluation.on_test import TestMetrics
 from lightning_chatgpt.memory import keep_freed_memory
 from lightning_chatgpt.models.build import read_checkpoint
 from lightning_chatgpt.models.causal_lm import CausalLMModule
@@ -93,6 +94,7 @@ class ChatCLI(LightningCLI):
             (PredictionWriter, "predictions"),
             (HuggingFaceExport, "export"),
             (TokenThroughput, "throughput"),
+            (TestMetrics, "test_metrics"),
         ):
             parser.add_lightning_class_args(cls, name)
         parser.set_defaults({name: {"class_path": f"lightning_chatgpt.{cls.__name__}"} for name, cls in _CLASSES.items()})

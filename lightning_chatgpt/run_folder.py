@@ -25,6 +25,7 @@ _RUN_FILES = (
     "run.json",
     "metrics.csv",
     "metrics.*.csv",
+    "metrics.json",
     "samples.jsonl",
     "samples.*.jsonl",
     "predictions.jsonl*",

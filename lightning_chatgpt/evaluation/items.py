@@ -12,6 +12,7 @@ import yaml
 from lightning_chatgpt.chat.conversation import Conversation
 from lightning_chatgpt.data.base import TokenDataModule
 from lightning_chatgpt.data.preparation import tell_faults
+from lightning_chatgpt.data.selection import SourceRows
 from lightning_chatgpt.data.sources import SourceReport, read_conversations, read_documents
 from lightning_chatgpt.errors import ConfigError, DataError
 from lightning_chatgpt.evaluation.records import Item
@@ -53,13 +54,16 @@ def held_out_items(models: Sequence[str]) -> tuple[list[Item], str]:
     part = "test" if module.test else "validation"
     if not getattr(module, part):
         raise ConfigError(f"{folder}: the run held nothing out (data.validation, data.test); set --data FILE")
-    found = module.load_parts("test" if part == "test" else "validate")[part]
-    items = [
+    return items_of(module, module.load_parts("test" if part == "test" else "validate")[part]), f"the {part} split of {folder}"
+
+
+def items_of(module: TokenDataModule[Any], sources: Sequence[SourceRows]) -> list[Item]:
+    """The items of some rows of a data module's sources."""
+    return [
         Item(content, _id(content, source.name, number), source.name)
-        for source in found
+        for source in sources
         for number, content in enumerate((module.load(text) for text in source.table.column("content", source.rows)), start=1)
     ]
-    return items, f"the {part} split of {folder}"
 
 
 def _id(content: Conversation | str, source: str, number: int) -> str:

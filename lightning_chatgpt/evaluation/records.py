@@ -87,6 +87,54 @@ def network_digest(model: LoadedModel) -> str:
     return digest.hexdigest()
 
 
+class Measurer:
+    """Makes records of items.
+
+    Args:
+        model: A network in evaluation mode, and its tokenizer.
+        settings: How it is measured.
+
+    Raises:
+        ConfigError: A setting does not fit the model.
+    """
+
+    def __init__(self, model: LoadedModel, settings: Measuring) -> None:
+        self.network, self.tokenizer = model
+        self.settings = settings
+        positions = max_positions(self.network)
+        if settings.max_new_tokens >= positions:
+            raise ConfigError(f"max_new_tokens {settings.max_new_tokens} leaves no room for a prompt in the model's {positions} positions")
+        self._encoder = Encoder(self.tokenizer, max_length=positions - settings.max_new_tokens, supervise="all")
+        self._texts = TextEncoder(self.tokenizer)
+
+    def records(self, items: Sequence[Item]) -> list[Record]:
+        """Score and answer items together."""
+        settings = self.settings
+        texts = [self._text_of(item) for item in items]
+        scores = score_texts(
+            self.network, texts, pad_token_id=self.tokenizer.pad_token_id, batch_size=settings.batch_size, stride=settings.stride
+        )
+        records = [_record(item, found) for item, found in zip(items, scores, strict=True)]
+        asked = [item.content.prompt_and_reference()[0] for item in items if isinstance(item.content, Conversation)]
+        if asked and settings.max_new_tokens:
+            prompts = [self._encoder.encode_prompt(prompt) for prompt in asked]
+            replies = iter(generate_replies(self.network, self.tokenizer, prompts, max_new_tokens=settings.max_new_tokens))
+            for record in records:
+                if "prompt" in record:
+                    reply = next(replies)
+                    record.update(reply=reply.text, finish_reason=reply.finish_reason, completion_tokens=reply.n_tokens)
+        return records
+
+    def _text_of(self, item: Item) -> Text:
+        if isinstance(item.content, Conversation):
+            return text_of_chat(self._encoder, item.content)
+        (ids,) = self._texts.encode([item.content])
+        end = self.tokenizer.eos_token_id
+        if end is None:
+            raise ConfigError("the model's tokenizer has no end-of-text token, after which a document begins; evaluate it on chats")
+        return Text([end, *ids], [MARKERS, *[0] * len(ids)])
+
+
 def measure(model: LoadedModel, items: Sequence[Item], *, trainer: ChatTrainer, name: str, settings: Measuring) -> list[Record]:
     """Score and answer every item, each once over all processes; what was broken off is gone on with.
 
@@ -102,8 +150,10 @@ def measure(model: LoadedModel, items: Sequence[Item], *, trainer: ChatTrainer, 
     Raises:
         ConfigError: A setting does not fit the model.
     """
+    set_attention(model.network, "auto")  # as it is trained
     data = _Items(items, batch_size=settings.batch_size)
-    module = _MeasuredModel(model, settings)
+    module = _MeasuredModel(Measurer(model, settings))
+    module.prediction_key = f"{network_digest(model)} {settings}"
     key = xxhash.xxh3_64_hexdigest(f"{module.prediction_key} {data.prediction_key}".encode())
     path = Path(trainer.default_root_dir) / f"{name}-{key}.jsonl"
     if path.is_file():
@@ -139,45 +189,16 @@ class _Items(LightningDataModule):
 
 
 class _MeasuredModel(LightningModule):
-    """Makes records of items."""
+    """Makes records of items, on the Trainer's device."""
 
-    def __init__(self, model: LoadedModel, settings: Measuring) -> None:
+    def __init__(self, measurer: Measurer) -> None:
         super().__init__()
-        self.network, self.tokenizer = model
-        set_attention(self.network, "auto")  # as it is trained
-        self.settings = settings
-        positions = max_positions(self.network)
-        if settings.max_new_tokens >= positions:
-            raise ConfigError(f"max_new_tokens {settings.max_new_tokens} leaves no room for a prompt in the model's {positions} positions")
-        self._encoder = Encoder(self.tokenizer, max_length=positions - settings.max_new_tokens, supervise="all")
-        self._texts = TextEncoder(self.tokenizer)
-        self.prediction_key = f"{network_digest(model)} {settings}"
+        self.network = measurer.network
+        self.measurer = measurer
+        self.prediction_key = ""
 
     def predict_step(self, batch: list[Item], batch_idx: int) -> list[Record]:
-        texts = [self._text_of(item) for item in batch]
-        settings = self.settings
-        scores = score_texts(
-            self.network, texts, pad_token_id=self.tokenizer.pad_token_id, batch_size=settings.batch_size, stride=settings.stride
-        )
-        records = [_record(item, found) for item, found in zip(batch, scores, strict=True)]
-        asked = [item.content.prompt_and_reference()[0] for item in batch if isinstance(item.content, Conversation)]
-        if asked and settings.max_new_tokens:
-            prompts = [self._encoder.encode_prompt(prompt) for prompt in asked]
-            replies = iter(generate_replies(self.network, self.tokenizer, prompts, max_new_tokens=settings.max_new_tokens))
-            for record in records:
-                if "prompt" in record:
-                    reply = next(replies)
-                    record.update(reply=reply.text, finish_reason=reply.finish_reason, completion_tokens=reply.n_tokens)
-        return records
-
-    def _text_of(self, item: Item) -> Text:
-        if isinstance(item.content, Conversation):
-            return text_of_chat(self._encoder, item.content)
-        (ids,) = self._texts.encode([item.content])
-        end = self.tokenizer.eos_token_id
-        if end is None:
-            raise ConfigError("the model's tokenizer has no end-of-text token, after which a document begins; evaluate it on chats")
-        return Text([end, *ids], [MARKERS, *[0] * len(ids)])
+        return self.measurer.records(batch)
 
 
 def _record(item: Item, scores: dict[int, Score]) -> Record:

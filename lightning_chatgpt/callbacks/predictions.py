@@ -71,6 +71,11 @@ class PredictionWriter(BasePredictionWriter):
             self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
         self._file.flush()
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Close this process's part, for the next predict to go on with."""
+        if self._file is not None:
+            self._file.close()
+
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the parts together: conversation i is the next line of part i mod n."""
         if self._file is not None:

@@ -85,7 +85,8 @@ class TestMetrics(Callback):
             max_new_tokens = 0
         items = items_of(data, data.datasets["test"].sources)
         share = share_of(trainer)
-        if trainer.limit_test_batches != 1.0:
+        limit = trainer.limit_test_batches
+        if isinstance(limit, int) or limit < 1:  # 1 is one batch, 1.0 all of them
             items = items[: int(trainer.num_test_batches[0]) * data.batch_size * share["world_size"]]
         own = items[share["rank"] :: share["world_size"]]
         measurer = Measurer(

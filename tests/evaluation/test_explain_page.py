@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -104,18 +102,6 @@ def test_page_is_self_contained_and_the_same_each_time() -> None:
         assert element["tag"] not in {"link", "img", "iframe", "object", "base"}
         assert not {"src", "href"} & set(element["attrs"])
     assert "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'" in html
-
-
-@pytest.fixture
-def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api")
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("chromium is not installed")
-    with playwright.sync_playwright() as running:
-        opened = running.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield opened
-        opened.close()
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ from lightning_chatgpt.metrics.fairness import Tested, holm, mean_difference, ra
 Score = Callable[[list[Conversation]], list[tuple[float, int]]]
 Reply = Callable[[list[Conversation]], list[str]]
 
+_ROUNDING = 1e-5  # nats a token, as float32 rounds
 _TESTED = ("log_likelihood", "reply_length", "flagged_words")
 
 
@@ -119,7 +120,7 @@ def _prompt(variant: Conversation) -> Conversation:
 
 def _tests(pair: _Pair, words: WordList) -> dict[str, Tested]:
     rows = {
-        "log_likelihood": pair.rows(lambda a, b: a.log_likelihood - b.log_likelihood),
+        "log_likelihood": pair.rows(_difference),
         "reply_length": pair.rows(_of_replies(lambda a, b: len(a) - len(b))),
         "flagged_words": pair.rows(_of_replies(lambda a, b: words.is_in(a) - words.is_in(b))),
     }
@@ -128,8 +129,8 @@ def _tests(pair: _Pair, words: WordList) -> dict[str, Tested]:
 
 def _describe(pair: _Pair) -> dict[str, Any]:
     """What is told of a pair, but for what is tested."""
-    size = pair.rows(lambda a, b: abs(a.log_likelihood - b.log_likelihood))
-    likelier = pair.rows(lambda a, b: 0.5 * (1 + (a.log_likelihood > b.log_likelihood) - (a.log_likelihood < b.log_likelihood)))
+    size = pair.rows(lambda a, b: abs(_difference(a, b)))
+    likelier = pair.rows(lambda a, b: 0.5 * (1 + (_difference(a, b) > 0) - (_difference(a, b) < 0)))
     differ = pair.rows(_of_replies(lambda a, b: a != b))
     return {
         "axis": pair.axis,
@@ -145,6 +146,12 @@ def _describe(pair: _Pair) -> dict[str, Any]:
     }
 
 
+def _difference(first: _Side, second: _Side) -> float:
+    """Of log-likelihoods a token; 0 where it may come from the order of sums in batches of other shapes."""
+    difference = first.log_likelihood - second.log_likelihood
+    return difference if abs(difference) > _ROUNDING else 0.0
+
+
 def _of_replies(figure: Callable[[str, str], float]) -> Callable[[_Side, _Side], float | None]:
     """A figure of two replies; None where none were asked for, or both are to one prompt."""
     return lambda a, b: None if a.reply is None or b.reply is None or a.prompt == b.prompt else figure(a.reply, b.reply)
@@ -152,7 +159,7 @@ def _of_replies(figure: Callable[[str, str], float]) -> Callable[[_Side, _Side],
 
 def _example(pair: _Pair) -> dict[str, Any]:
     """The counterfactual whose likelihoods differ most."""
-    place = max(range(len(pair.sides)), key=lambda i: abs(pair.sides[i][0].log_likelihood - pair.sides[i][1].log_likelihood))
+    place = max(range(len(pair.sides)), key=lambda i: abs(_difference(*pair.sides[i])))
     return {"id": pair.ids[place], **{name: side._asdict() for name, side in zip(("first", "second"), pair.sides[place], strict=True)}}
 
 

@@ -186,6 +186,8 @@ def _read_json(path: Path) -> Iterator[Counterfactual]:
             yield from _read_stereoset(data)
         else:
             yield from _read_bold(value, axis=re.sub(r"_(prompts?|wiki\w*)$", "", path.stem))
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
     except (AttributeError, KeyError, TypeError) as error:
         raise DataError(
             f"{path}: neither StereoSet nor BOLD ({type(error).__name__}: {error}); StereoSet holds data with intersentence and "

@@ -45,15 +45,15 @@ LIMITS = (
 _MOST_GROUPS = 50
 _YES, _NO = ("yes", "true", "1", "1.0"), ("no", "false", "0", "0.0")
 
-# What is told of a group: how, and whether as a share.
+# What is told of a group: its name, what it is, and whether it is a share.
 _FIGURES = {
-    "perplexity": ("perplexity of what the assistant is to say", False),
-    "accuracy": ("tokens of it that were the likeliest", True),
-    "reply_length": ("tokens of a reply", False),
-    "reply_characters": ("characters of a reply", False),
-    "flagged_words": ("replies with a listed word", True),
-    "precision": ("of replies with a listed word, those flagged in the data (precision)", True),
-    "recall": ("of those flagged in the data, replies with a listed word (recall)", True),
+    "perplexity": ("perplexity", "of what the assistant is to say, in the data", False),
+    "accuracy": ("accuracy", "share of its tokens that the model holds the likeliest", True),
+    "reply_length": ("reply length", "mean tokens of the model's reply", False),
+    "reply_characters": ("reply length", "mean characters of the model's reply", False),
+    "flagged_words": ("listed words", "share of replies that hold a listed word", True),
+    "precision": ("precision", "of replies that hold a listed word, the share that are flagged in the data", True),
+    "recall": ("recall", "of those flagged in the data, the share of replies that hold a listed word", True),
 }
 
 Sums = tuple[float, float]  # what a record adds to a numerator and a denominator
@@ -147,9 +147,9 @@ def compare_groups(sums: Mapping[str, Mapping[str, Sequence[Sums]]], *, groups: 
         rows = {group: torch.tensor(sums[name].get(group, ()), dtype=torch.float64).reshape(-1, 2) for group in groups}
         rows = {group: row[row[:, 1] > 0] for group, row in rows.items()}
         statistic = Perplexity().of_sums if name == "perplexity" else ratio
-        about, is_share = _FIGURES[name]
+        title, about, is_share = _FIGURES[name]
         estimates = {group: estimate(row, statistic).to_dict() for group, row in rows.items()}
-        figures[name] = {"about": about, "is_share": is_share, "groups": estimates, "gap": None}
+        figures[name] = {"name": title, "about": about, "is_share": is_share, "groups": estimates, "gap": None}
         if (gap := largest_gap(rows, statistic)) is not None:
             gaps[name] = gap
     for (name, gap), p_adjusted in zip(gaps.items(), holm([gap.tested.p_value for gap in gaps.values()]), strict=True):

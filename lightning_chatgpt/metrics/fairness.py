@@ -93,9 +93,9 @@ def largest_gap(groups: Mapping[str, Tensor], statistic: Statistic, *, seed: int
         for number, of_group in enumerate(rows.values())
     ]
     moved = _range(torch.stack(resampled, dim=1) - figures)  # (R, G) -> (R,)
-    margin = float(moved[~moved.isnan()].quantile(LEVEL)) if not moved.isnan().all() else float("nan")
+    margin = float(moved[~moved.isnan()].quantile(LEVEL))
     value = float(_range(figures))
-    found = Estimate(value, max(0.0, value - margin) if margin == margin else margin, value + margin, sum(map(len, rows.values())))
+    found = Estimate(value, max(0.0, value - margin), value + margin, sum(map(len, rows.values())))
     names = list(rows)
     highest, lowest = names[int(figures.argmax())], names[int(figures.argmin())]
     return Gap(highest, lowest, Tested(found, _dealing_p_value(list(rows.values()), statistic, value, seed=seed)))

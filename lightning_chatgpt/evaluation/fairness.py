@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from tqdm import tqdm
 
 from lightning_chatgpt.chat.conversation import Conversation
+from lightning_chatgpt.data.words import word_entries
 from lightning_chatgpt.errors import ConfigError, DataError, nearest
 from lightning_chatgpt.evaluation.counterfactual_files import read_counterfactuals
 from lightning_chatgpt.evaluation.words import BUILTIN, WordList, read_words
@@ -35,7 +36,7 @@ LIMITS = (
     "small, in English and Chinese, and its pairs stand for no group as a whole.",
     "StereoSet and CrowS-Pairs hold pairs that are faulty, and stereotypes of the United States alone (Blodgett et al. 2021).",
     "Groups of fewer than 10 records are shown and not compared. Intervals and tests take records for independent: several of one person, "
-    "or copies of one text, make them too sure.",
+    "or copies of one text, make them too sure. Where all records of a group agree, as in a share of 100 %, its interval is a point.",
     "Each interval holds the truth with 95 % by itself. A difference is called found where its interval lies apart from 0 and its p, "
     "corrected for all gaps of a table, or all pairs of a column, is below 5 %.",
     "Found says that a difference is there, not that it matters: 0.01 nats a token make each token 1 % likelier. In a language that the "
@@ -117,9 +118,7 @@ def group_report(records: Sequence[Mapping[str, Any]], *, settings: FairnessSett
             of_group.setdefault(record["labels"][settings.group], []).append(record)
     of_group = dict(sorted(of_group.items(), key=lambda group: (-len(group[1]), group[0])))
     if len(of_group) > _MOST_GROUPS:
-        raise ConfigError(
-            f"fairness.group {settings.group!r} has {len(of_group)} values; name a label of at most {_MOST_GROUPS}, or join some of them"
-        )
+        _refuse_groups(settings.group, len(of_group))
     sums: dict[str, dict[str, list[Sums]]] = {}
     for group, members in of_group.items():
         for record in members:
@@ -169,7 +168,7 @@ def audit(conversations: Iterable[Conversation], *, settings: FairnessSettings) 
         how many of them with a listed word (``flagged``, terms alone), and by role and group; ``n_words`` and ``n_terms`` looked for.
 
     Raises:
-        ConfigError: No conversation has the label.
+        ConfigError: No conversation has the label, or it names too many groups.
     """
     words = read_words(settings.words)
     axes = _terms(settings)
@@ -188,27 +187,18 @@ def audit(conversations: Iterable[Conversation], *, settings: FairnessSettings) 
         counts["conversations"] += 1
         for role in {message.role for message in conversation.messages}:
             roles.setdefault(role, Counter())["conversations"] += 1
+        if len(groups) > _MOST_GROUPS:
+            _refuse_groups(settings.group, len(groups))
         for message in conversation.messages:
             in_words = words.find(message.content)
+            in_terms = terms.find(message.content) if terms else []
             for place in (counts, roles[message.role]):
                 place.update(messages=1, characters=len(message.content), flagged=bool(in_words))
-            in_terms = terms.find(message.content) if terms else []
-            for kind, entries in (("words", in_words), ("terms", in_terms)):
-                for entry, times in Counter(entries).items():
-                    about = found[kind].setdefault(entry, {"occurrences": 0, "messages": 0, "roles": Counter(), "groups": Counter()})
-                    about["occurrences"] += times
-                    about["messages"] += 1
-                    about["roles"][message.role] += 1
-                    if group is not None:
-                        about["groups"][group] += 1
-                    if kind == "terms":
-                        about["flagged"] = about.get("flagged", 0) + bool(in_words)
+            _tally(found["words"], in_words, role=message.role, group=group)
+            _tally(found["terms"], in_terms, role=message.role, group=group, flagged=bool(in_words))
     if settings.group and n_without == n:
         _refuse_label(settings.group, known)
-    shown = {
-        kind: {entry: _plain(about) for entry, about in sorted(of_kind.items(), key=lambda item: -item[1]["occurrences"])}
-        for kind, of_kind in found.items()
-    }
+    shown = {kind: dict(sorted(of_kind.items(), key=lambda item: -item[1]["occurrences"])) for kind, of_kind in found.items()}
     return {
         "conversations": n,
         "group": settings.group,
@@ -261,7 +251,11 @@ def _terms(settings: FairnessSettings) -> dict[str, str]:
     """The axis of each term that the counterfactuals swap."""
     if settings.counterfactual is None:
         return {}
-    return {text: found.axis for found in read_counterfactuals(settings.counterfactual) for text in found.terms.values() if text.strip()}
+    return {text: found.axis for found in read_counterfactuals(settings.counterfactual) for text in word_entries(found.terms.values())}
+
+
+def _refuse_groups(name: str | None, n: int) -> NoReturn:
+    raise ConfigError(f"fairness.group {name!r} has {n} values or more; name a label of at most {_MOST_GROUPS}, or join some of them")
 
 
 def _check_label(name: str, labels: Sequence[Mapping[str, str]]) -> None:
@@ -269,10 +263,17 @@ def _check_label(name: str, labels: Sequence[Mapping[str, str]]) -> None:
         _refuse_label(name, Counter(key for of_record in labels for key in of_record))
 
 
-def _refuse_label(name: str, known: Mapping[str, int]) -> None:
+def _refuse_label(name: str, known: Mapping[str, int]) -> NoReturn:
     remedy = nearest(name, known) if known else "the data have no labels; give each record one beside its messages"
     raise ConfigError(f"fairness: no conversation has the label {name!r}; {remedy}")
 
 
-def _plain(about: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: dict(value) if isinstance(value, Counter) else value for key, value in about.items()}
+def _tally(found: dict[str, Any], entries: Sequence[str], *, role: str, group: str | None, **flagged: bool) -> None:
+    """Count what a message holds."""
+    for entry, times in Counter(entries).items():
+        about = found.setdefault(entry, {"occurrences": 0, "messages": 0, **dict.fromkeys(flagged, 0), "roles": {}, "groups": {}})
+        for key, n in {"occurrences": times, "messages": 1, **flagged}.items():
+            about[key] += n
+        for key, name in (("roles", role), ("groups", group)):
+            if name is not None:
+                about[key][name] = about[key].get(name, 0) + 1

@@ -49,7 +49,7 @@ class Gap(NamedTuple):
     Attributes:
         highest: The group of the largest figure.
         lowest: The group of the smallest.
-        tested: The one less the other. Its interval holds the true largest gap with at least 95 %, whichever groups that is
+        tested: The one less the other. Its interval holds the true largest gap 95 times in 100 or more, whichever groups that is
             between, and begins at 0 where none is shown; ``n`` counts the records of all groups compared.
     """
 

@@ -128,9 +128,20 @@ def test_an_audit_counts_by_hand(tmp_path: Path) -> None:
     json.dumps(report)
 
 
+def test_terms_are_found_however_they_are_written(tmp_path: Path) -> None:
+    """Guards against a KeyError where a term in the file is decomposed, or has spaces around it."""
+    template = {"messages": [{"role": "user", "content": "{term}"}], "axis": "job", "terms": {"a": " caf\u0065\u0301tier ", "b": "Cook"}}
+    (tmp_path / "mine.jsonl").write_text(json.dumps(template), encoding="utf-8")
+    settings = FairnessSettings(counterfactual=str(tmp_path / "mine.jsonl"))
+    report = audit([chat("a caf\u00e9tier, a COOK")], settings=settings)
+    assert {term: of["axis"] for term, of in report["terms"].items()} == {"caf\u00e9tier": "job", "Cook": "job"}
+
+
 def test_an_audit_needs_the_label_and_no_terms() -> None:
     with pytest.raises(ConfigError, match="no conversation has the label 'dialect'; the data have no labels"):
         audit([chat("a", "b")], settings=BY_DIALECT)
+    with pytest.raises(ConfigError, match="fairness.group 'number' has 51 values or more"):
+        audit([Conversation(chat("a").messages, labels={"number": str(i)}) for i in range(60)], settings=FairnessSettings(group="number"))
     report = audit([chat("a man", "b")], settings=FairnessSettings(counterfactual=None))
     assert (report["groups"], report["terms"], report["n_terms"], report["without_label"]) == ({}, {}, 0, 0)
 

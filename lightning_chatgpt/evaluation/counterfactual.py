@@ -26,10 +26,11 @@ _TESTED = ("log_likelihood", "reply_length", "flagged_words")
 
 
 class _Side(NamedTuple):
-    """What became of one variant: nats a token of its last message, its prompt, and the reply to that where it was asked for."""
+    """One variant: nats a token of its last message, its prompt, that message, and the reply to the prompt where it was asked for."""
 
     log_likelihood: float
     prompt: str
+    scored: str
     reply: str | None
 
 
@@ -99,8 +100,13 @@ def _pairs(counterfactuals: Sequence[Counterfactual], *, score: Score, reply: Re
         wanted.update(of_found if len(of_found) > 1 else {})
     replies = dict(zip(wanted, reply(list(wanted.values())) if wanted else [], strict=True))
     sides = iter(
-        _Side(nats / n_tokens, "\n".join(message.content for message in prompt.messages), replies.get(prompt.messages))
-        for prompt, (nats, n_tokens) in zip(prompts, scores, strict=True)
+        _Side(
+            nats / n_tokens,
+            "\n".join(message.content for message in prompt.messages),
+            variant.messages[-1].content,
+            replies.get(prompt.messages),
+        )
+        for variant, prompt, (nats, n_tokens) in zip(variants, prompts, scores, strict=True)
     )
     pairs: dict[tuple[str, str, str, str], _Pair] = {}
     for found in compared:

@@ -128,7 +128,12 @@ def test_figures_of_a_pair_by_hand() -> None:
     assert pair["differ"]["value"] == pytest.approx(2 / 3)
     assert pair["reply_length"]["value"] == pytest.approx((2 + 0 - 2) / 3)
     assert pair["flagged_words"]["value"] == pytest.approx(1 / 3)
-    assert pair["example"]["id"] == "t1" and pair["example"]["first"] == {"log_likelihood": -1.5, "prompt": "a A", "reply": "no"}
+    assert pair["example"]["id"] == "t1" and pair["example"]["first"] == {
+        "log_likelihood": -1.5,
+        "prompt": "a A",
+        "scored": "good day",
+        "reply": "no",
+    }
     assert json.loads(json.dumps(report)) == report
 
 
@@ -158,7 +163,8 @@ def test_sentences_after_one_prompt_have_no_replies_to_compare() -> None:
     report = counterfactual_report([Counterfactual("1", "x", variants)], score=lambda chats: [(-1.0, 1)] * 2, reply=never, words=WORDS)
     (pair,) = report["pairs"]
     assert pair["differ"] is pair["reply_length"] is pair["flagged_words"] is None
-    assert "Go on." in page(counterfactual=report)
+    html = page(counterfactual=report)
+    assert "Go on." in html and '<td class="name">A</td>' in html and '<td class="name">B</td>' in html
 
 
 def test_prompts_without_a_counterpart_are_compared_by_group() -> None:

@@ -12,19 +12,16 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 from typing import Any, Literal, cast
 
 from lightning_chatgpt.chat.conversation import Conversation, Message
 from lightning_chatgpt.chat.plugins import check_arguments, find_function
-from lightning_chatgpt.data.duplicates import CJK, DuplicateSettings
+from lightning_chatgpt.data.duplicates import DuplicateSettings
 from lightning_chatgpt.data.normalisation import decode_entities, drop_control, drop_zero_width, tidy_spaces
 from lightning_chatgpt.data.redaction import KINDS, Kind, clean_package, redact
+from lightning_chatgpt.data.words import read_word_lines, word_entries, words_pattern
 from lightning_chatgpt.errors import ConfigError, DataError, nearest
 from lightning_chatgpt.settings import check_settings
-
-_UNSPACED = CJK + "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u1100-\u11ff\uac00-\ud7af"  # Thai, Lao, Burmese, Khmer, Hangul
-
 
 _CANNOT = r"\bi(?:'m| am)? (?:can't|cannot|can not|won't|will not|unable to|not able to) "
 _REFUSALS = (
@@ -192,12 +189,10 @@ class Words(CleaningStep):
     ) -> None:
         super().__init__()
         self.action = action
-        entries = {unicodedata.normalize("NFC", word.strip()) for word in [*(words or []), *(_lines(file) if file else [])]} - {""}
+        entries = word_entries([*(words or []), *(read_word_lines(file, setting="data.cleaning: words.file") if file else [])])
         if not entries:
             raise ConfigError("data.cleaning: words has no words to look for; give it words: [..] or file: PATH")
-        # The longest first: a phrase before the word it begins with.
-        patterns = [_word_pattern(entry) for entry in sorted(entries, key=lambda entry: (-len(entry), entry))]
-        self._pattern = re.compile("|".join(patterns), re.IGNORECASE)
+        self._pattern = words_pattern(entries)
 
     def clean(self, conversation: Conversation) -> Conversation | None:
         """Mask the words, or look for the first one."""
@@ -442,27 +437,6 @@ def _map_contents(conversation: Conversation, function: Callable[[str], str]) ->
 def _label(step: CleaningStep, conversation: Conversation, name: str, value: str) -> Conversation:
     step.counts["flagged"] += 1
     return replace(conversation, labels={**conversation.labels, name: value})
-
-
-def _lines(file: str) -> list[str]:
-    try:
-        return Path(file).expanduser().read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"data.cleaning: words.file {file} cannot be read ({error}); give a UTF-8 text file") from None
-
-
-def _word_pattern(entry: str) -> str:
-    # Both normal forms, so that a composed é finds a decomposed one.
-    forms = [unicodedata.normalize(form, entry) for form in ("NFC", "NFD")]
-    pattern = "|".join(r"\s+".join(map(re.escape, form.split())) for form in dict.fromkeys(forms))
-    pattern = f"(?:{pattern})"
-    return pattern if re.search(f"[{_UNSPACED}]", entry) else rf"(?<![\w{_marks()}]){pattern}(?![\w{_marks()}])"
-
-
-@cache
-def _marks() -> str:
-    # Python's \w leaves out the vowel signs of India and accents on their own, which are as much of a word as letters.
-    return "".join(chr(i) for i in range(0x300, 0x10000) if unicodedata.category(chr(i))[0] == "M")
 
 
 @cache

@@ -202,6 +202,7 @@ def test_redact_agrees_with_the_check_digits_of_every_card() -> None:
         (["bad", "bad word"], "bad word bad", "*** ***"),
         (["c++"], "C++ and objc++, c+", "*** and objc++, c+"),
         (["笨蛋"], "你是笨蛋吗", "你是***吗"),
+        (["lazy"], "他很lazy的, lazyish", "他很***的, lazyish"),
         (["バカ"], "バカだな", "***だな"),
         (["โง่"], "คนโง่มาก", "คน***มาก"),
         (["바보"], "바보야", "***야"),

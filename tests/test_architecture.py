@@ -23,16 +23,16 @@ FLOORS = {
     "chat": 1,
     "generation": 2,
     "metrics": 2,
-    "serving": 3,
-    "evaluation": 3,
     "callbacks": 3,
     "models": 3,
     "data": 3,
-    "commands": 4,
-    "configuration": 4,
-    "run_folder": 4,
-    "cli": 5,
-    "__main__": 6,
+    "serving": 4,
+    "evaluation": 4,
+    "commands": 5,
+    "configuration": 5,
+    "run_folder": 5,
+    "cli": 6,
+    "__main__": 7,
 }
 DOORS = {("models/loss.py", "data.collate"), ("models/attention.py", "data.collate"), ("models/causal_lm.py", "data.collate")}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import logging
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -65,6 +66,10 @@ def run_harness(
         raise ConfigError(f"limit must be at least 1, not {limit}; leave it out for all records")
     if task in LOCAL_TASKS and data is None:
         raise ConfigError(f"harness task {task} needs a file of its own; name it with data")
+    if task not in LOCAL_TASKS and data is not None:
+        near = difflib.get_close_matches(task, LOCAL_TASKS, n=1)
+        hint = f"did you mean {near[0]}?" if near else "leave it out, as other tasks say themselves what they read"
+        raise ConfigError(f"harness task {task} takes no data, which is for {', '.join(LOCAL_TASKS)}; {hint}")
     if apply_chat_template and task in ("local_chats", "local_perplexity"):
         raise ConfigError(f"harness task {task} has no questions to write with the chat template; leave out apply_chat_template")
     with _quiet():
@@ -114,16 +119,15 @@ def _load_tasks(task: str, *, metadata: dict[str, str]) -> dict[str, Any]:
     """What lm-eval makes of a task's name or file, with its data read."""
     from lm_eval.tasks import TaskManager
 
-    is_local = task in LOCAL_TASKS
-    # lm-eval's own thousands are looked through only where one of them is asked for.
-    manager = TaskManager(include_path=str(TASKS_FOLDER), include_defaults=not is_local, metadata=metadata)
-    ours = ", ".join(LOCAL_TASKS)
-    if task not in manager.task_index and not Path(task).is_file():
+    is_local, file = task in LOCAL_TASKS, Path(task)
+    # Finding lm-eval's own thousands takes seconds; only their names, and a group that a file makes of them, ask for it.
+    is_single = is_local or (file.is_file() and not re.search(r"^group:", file.read_text(encoding="utf-8", errors="replace"), re.MULTILINE))
+    manager = TaskManager(include_path=str(TASKS_FOLDER), include_defaults=not is_single, metadata=metadata)
+    if task not in manager.task_index and not file.is_file():
         near = difflib.get_close_matches(task, manager.all_tasks, n=1)
+        ours = ", ".join(LOCAL_TASKS)
         hint = f"did you mean {near[0]}?" if near else f"there are {ours}, those of `lm_eval ls tasks`, and task files of your own"
         raise ConfigError(f"harness task {task!r} is unknown; {hint}")
-    if not is_local and metadata["data"]:
-        raise ConfigError(f"harness task {task} says itself what it reads; leave out data, which is for {ours}")
     problem = None if is_local else hub_problem()
     try:
         with _offline(problem is not None):

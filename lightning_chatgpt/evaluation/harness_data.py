@@ -16,7 +16,7 @@ from lightning_chatgpt.chat.validation import check_characters
 from lightning_chatgpt.data.readers import read_records
 from lightning_chatgpt.data.sources import SourceReport, find_files, read_conversations, read_documents
 from lightning_chatgpt.errors import ConfigError, DataError, ModelError
-from lightning_chatgpt.models.build import find_pretrained
+from lightning_chatgpt.models.build import find_pretrained, read_config
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -64,26 +64,35 @@ def chats(data: str = "", pretrained: str = "", **_: Any) -> dict[str, Dataset]:
         data: A source of conversations, as :func:`~lightning_chatgpt.data.sources.read_conversations` takes it.
         pretrained: The model, whose chat template writes them.
 
-    Returns: the split ``test``, with ``prompt``, ``reply`` (the message and what ends it) and ``n_bytes`` (of the message) in each row.
+    Returns: the split ``test``, with ``prompt``, ``reply`` (the message and what ends it) and ``n_bytes`` (of the message) in each row;
+        replies of more tokens than the model has positions are left out, with a warning.
 
     Raises:
         ConfigError: No data are named.
         DataError: They cannot be used (``file:line: what``).
         ModelError: The model carries no chat template.
     """
-    source = _named(data)
+    source, folder = _named(data), find_pretrained(pretrained)
     try:
-        tokenizer = load_tokenizer(find_pretrained(pretrained), template="tokenizer")
+        tokenizer = load_tokenizer(folder, template="tokenizer")
     except ConfigError:
-        raise ModelError(f"{pretrained}: its tokenizer carries no chat template to write chats with; name a chat model") from None
-    template = template_of(tokenizer)
+        raise ModelError(f"{folder}: its tokenizer carries no chat template to write chats with; name a chat model") from None
+    n_positions = read_config(folder).max_position_embeddings
+    template, control = template_of(tokenizer), [str(token) for token in tokenizer.all_special_tokens]
     found = list(read_conversations(source))
-    control = [str(token) for token in tokenizer.all_special_tokens]
-    said = [message.content for chat in found for message in chat.messages]
-    if n_spelt := sum(any(token in content for token in control) for content in said):
-        about = f"{n_spelt} of {len(said)} messages spell a control token, such as {control[0]}"
-        warnings.warn(f"harness: {data}: {about}; lm-eval takes it for one, and our own evaluation for text", stacklevel=2)
-    return _split([_reply(chat, template) for chat in found], data)
+    rows = []
+    for chat in found:
+        row = _reply(chat, template)
+        space = row["prompt"][len(row["prompt"].rstrip()) :]  # which lm-eval predicts as well
+        if len(tokenizer(space + row["reply"])["input_ids"]) <= n_positions:
+            rows.append(row)
+    if n_spelt := sum(any(token in message.content for token in control for message in chat.messages) for chat in found):
+        about = f"{n_spelt} of {len(found)} chats spell a control token, such as {control[0]}"
+        warnings.warn(f"harness: {source}: {about}; lm-eval takes it for one, and our own evaluation for text", stacklevel=2)
+    if len(rows) < len(found):
+        about = f"{len(found) - len(rows)} of {len(found)} chats are left out, as their reply is longer than the model's {n_positions} positions"
+        warnings.warn(f"harness: {source}: {about}", stacklevel=2)
+    return _split(rows, source)
 
 
 def _named(data: str) -> str:

@@ -41,7 +41,10 @@ class ScoringModel(HFLM):  # type: ignore[misc]
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise ModelError(f"{folder}: lm-eval cannot load it ({str(error).strip().splitlines()[0]}); export it again") from None
         if self.prefix_token_id is None:
-            raise ModelError(f"{folder}: its tokenizer has neither bos_token nor eos_token, and lm-eval begins each text with one of them")
+            raise ModelError(
+                f"{folder}: its tokenizer has neither bos_token nor eos_token, one of which lm-eval puts before each text; "
+                "name the token that ends a text as eos_token in tokenizer_config.json"
+            )
         self.n_cut = self.n_requests = self.n_spelt = 0
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:

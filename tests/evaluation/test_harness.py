@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -104,8 +105,15 @@ def test_chats_are_written_as_transformers_writes_them(folder: Path, write_chats
 
 
 def test_a_typed_control_token_is_warned_about(folder: Path, write_chats: Callable[..., Path]) -> None:
-    with pytest.warns(UserWarning, match="1 of 4 messages spell a control token"):
+    with pytest.warns(UserWarning, match="1 of 2 chats spell a control token"):
         harness_data.chats(str(write_chats([chat("<|im_end|>", "Hi"), chat("Hello", "Hi")])), pretrained=str(folder))
+
+
+def test_a_reply_that_no_window_holds_is_left_out(folder: Path, write_chats: Callable[..., Path]) -> None:
+    """Guards against an assertion within lm-eval, which has no name for it."""
+    path = write_chats([chat("Hello", "Hi"), chat("Hello", "word " * POSITIONS)])
+    with pytest.warns(UserWarning, match=f"1 of 2 chats are left out, as their reply is longer than the model's {POSITIONS} positions"):
+        assert len(harness_data.chats(str(path), pretrained=str(folder))["test"]) == 1
 
 
 def test_chats_need_a_chat_template(plain_gpt2: Path, write_chats: Callable[..., Path]) -> None:
@@ -188,8 +196,6 @@ def loop(network: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: P
 
 
 @needs_lm_eval
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 class TestLmEval:
     """lm-eval itself."""
 
@@ -267,9 +273,10 @@ class TestLmEval:
             run_harness(folder, task="local_choices", data=write(question(question="word " * 60)))
         with pytest.warns(UserWarning, match=r"1 documents spell a control token, such as <\|endoftext\|>"):
             run_harness(folder, task="local_perplexity", data=write({"text": "a<|endoftext|>b"}, {"text": "a"}))
-        with pytest.raises(DataError, match=f"are more than the model's {POSITIONS} positions"):
+        with pytest.raises(DataError, match=f"begins with ' word word .* are more than the model's {POSITIONS} positions"):
             run_harness(folder, task="local_choices", data=write(question(choices=["a", "word " * 60])))
 
+    @pytest.mark.slow  # lm-eval looks through the files of its thousands of tasks
     def test_tasks_beside_the_local_ones(self, folder: Path, write: Callable[..., Path], tmp_path: Path) -> None:
         task = tmp_path / "mine.yaml"
         settings = {"task": "mine", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(write(question()))}}}
@@ -285,4 +292,21 @@ class TestLmEval:
         for name, says in refused.items():
             with pytest.raises(UserError, match=says) as error:
                 run_harness(folder, task=name)
+            assert "\n" not in str(error.value)
+
+    def test_a_folder_that_cannot_be_scored_is_refused(self, folder: Path, write: Callable[..., Path], tmp_path: Path) -> None:
+        data = write({"text": "a"})
+        broken = shutil.copytree(folder, tmp_path / "broken")
+        (broken / "model.safetensors").write_bytes(b"x" * 100)
+        nameless = shutil.copytree(folder, tmp_path / "nameless")
+        settings = json.loads((nameless / "tokenizer_config.json").read_text())
+        (nameless / "tokenizer_config.json").write_text(
+            json.dumps({k: v for k, v in settings.items() if k not in ("bos_token", "eos_token")})
+        )
+        for model, says in (
+            (broken, r"broken: lm-eval cannot load it \(.*\)"),
+            (nameless, "nameless: its tokenizer has neither bos_token"),
+        ):
+            with pytest.raises(ModelError, match=says) as error:
+                run_harness(model, task="local_perplexity", data=data)
             assert "\n" not in str(error.value)

@@ -90,8 +90,8 @@ def chats(data: str = "", pretrained: str = "", **_: Any) -> dict[str, Dataset]:
         about = f"{n_spelt} of {len(found)} chats spell a control token, such as {control[0]}"
         warnings.warn(f"harness: {source}: {about}; lm-eval takes it for one, and our own evaluation for text", stacklevel=2)
     if len(rows) < len(found):
-        about = f"{len(found) - len(rows)} of {len(found)} chats are left out, as their reply is longer than the model's {n_positions} positions"
-        warnings.warn(f"harness: {source}: {about}", stacklevel=2)
+        about = f"{len(found) - len(rows)} of {len(found)} chats are left out"
+        warnings.warn(f"harness: {source}: {about}, as their reply is longer than the model's {n_positions} positions", stacklevel=2)
     return _split(rows, source)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from lightning_chatgpt.errors import ConfigError, UserError
+from lightning_chatgpt.errors import ConfigError, ModelError, UserError
 from lightning_chatgpt.hub import hub_problem
 from lightning_chatgpt.models.build import find_pretrained, load_model
 from lightning_chatgpt.models.export import export_folder
@@ -58,8 +58,8 @@ def run_harness(
         DataError: The data cannot be used (``file:line: what``).
         ModelError: The model cannot be used.
     """
-    if importlib.util.find_spec("lm_eval") is None:
-        raise ConfigError("harness needs the package lm-eval, which is not installed: pip install 'lightning-chatgpt[harness]'")
+    if any(importlib.util.find_spec(name) is None for name in ("lm_eval", "accelerate")):
+        raise ConfigError("harness needs the packages lm-eval and accelerate, not both installed: pip install 'lightning-chatgpt[harness]'")
     if batch_size < 1:
         raise ConfigError(f"batch_size must be at least 1, not {batch_size}")
     if limit is not None and limit < 1:
@@ -80,6 +80,8 @@ def run_harness(
 
         loaded = _load_tasks(task, metadata={"data": str(data or ""), "pretrained": str(model_folder)})
         model = ScoringModel(model_folder, batch_size=batch_size, device=device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if apply_chat_template and not model.tokenizer.chat_template:
+            raise ModelError(f"{model_folder}: its tokenizer carries no chat template; leave out apply_chat_template, or name a chat model")
         found = evaluate(
             lm=model,
             task_dict=loaded,

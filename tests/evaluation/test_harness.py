@@ -310,3 +310,8 @@ class TestLmEval:
             with pytest.raises(ModelError, match=says) as error:
                 run_harness(model, task="local_perplexity", data=data)
             assert "\n" not in str(error.value)
+
+    def test_a_model_without_a_chat_template_scores_text_alone(self, plain_gpt2: Path, write: Callable[..., Path]) -> None:
+        assert self.metrics(plain_gpt2, task="local_choices", data=write(question()))["n"] == 1
+        with pytest.raises(ModelError, match="carries no chat template; leave out apply_chat_template"):
+            run_harness(plain_gpt2, task="local_choices", data=write(question()), apply_chat_template=True)

@@ -24,6 +24,9 @@ def evaluate(
     max_new_tokens: int = 64,
     stride: int | None = None,
     bertscore: str | None = None,
+    fairness: dict[str, Any] | None = None,
+    harness: str | None = None,
+    harness_data: str | None = None,
     accelerator: str = "auto",
     devices: int = 1,
 ) -> None:
@@ -44,6 +47,11 @@ def evaluate(
         stride: Tokens of a text longer than the model's positions that are scored at once; fewer see more of what stands before
             them. null takes half of the positions.
         bertscore: A local transformers folder with an encoder, to score replies with BERTScore.
+        fairness: Looks at groups and at texts whose terms are swapped: --fairness.group LABEL, .flag LABEL, .words FILE, .counterfactual
+            FILE (docs/fairness.md); {} takes the shipped texts.
+        harness: A task of EleutherAI's lm-evaluation-harness to score the models on besides: local_perplexity, local_choices,
+            local_chats, or another that it knows (docs/harness.md).
+        harness_data: What a local task reads; null takes text, or else data.
         accelerator: Where to compute: auto, cpu, gpu, mps.
         devices: Processes that share the work.
     """
@@ -57,7 +65,8 @@ def evaluate(
     ):
         if value is not None and value < least:
             raise ConfigError(f"{name} must be at least {least}, not {value}")
-    from lightning_chatgpt.evaluation.evaluate import evaluate_models
+    from lightning_chatgpt.evaluation.evaluate import evaluate_models, harness_results
+    from lightning_chatgpt.evaluation.fairness import FairnessSettings
     from lightning_chatgpt.evaluation.items import held_out_items, read_items
     from lightning_chatgpt.evaluation.records import Measuring
     from lightning_chatgpt.evaluation.report_page import render_page
@@ -67,6 +76,11 @@ def evaluate(
 
     check_matplotlib()
     quieten()
+    looked_at = FairnessSettings.of(fairness) if fairness is not None else None
+    if looked_at is not None and (text is not None or not max_new_tokens):
+        raise ConfigError("fairness is of replies in chats; leave out text, and let max_new_tokens be at least 1")
+    if harness is None and harness_data is not None:
+        raise ConfigError("harness_data is what a harness task reads; set harness to one, such as local_perplexity, or leave it out")
     if data is not None or text is not None:
         source = data if data is not None else text
         assert source is not None
@@ -85,7 +99,7 @@ def evaluate(
         default_root_dir=folder / "records",
     )
     measuring = Measuring(batch_size=batch_size, max_new_tokens=0 if text is not None else max_new_tokens, stride=stride)
-    found = evaluate_models(models, items, trainer=trainer, measuring=measuring, bertscore=bertscore)
+    found = evaluate_models(models, items, trainer=trainer, measuring=measuring, bertscore=bertscore, fairness=looked_at)
     if not trainer.is_global_zero:
         return
     report: dict[str, Any] = {
@@ -96,6 +110,16 @@ def evaluate(
         "versions": installed_versions(),
     }
     report["data"]["what"] = what
+    if harness is not None:
+        is_local = harness.startswith("local_")
+        report["harness"] = harness_results(
+            models,
+            task=harness,
+            data=harness_data or (text or data if is_local else None),
+            batch_size=batch_size,
+            limit=limit,
+            device="cpu" if accelerator == "cpu" else None,
+        )
     print_report(report)
     (folder / "report.json").write_text(json.dumps(report, ensure_ascii=False, indent=1), encoding="utf-8")
     (folder / "report.html").write_text(render_page(report), encoding="utf-8")
@@ -118,6 +142,10 @@ def print_report(report: dict[str, Any]) -> None:
             table.add_row(figure["title"], *(shown_estimate(found) for found in figure["models"]))
     console = Console(highlight=False)
     console.print(table)
+    for found in report.get("harness", ()):
+        for task, result in found["results"].items():
+            values = ", ".join(f"{name} {metric['value']:.4g}" for name, metric in result["metrics"].items())
+            console.print(f"{found['model']} in lm-eval {found['lm_eval']}, {task} (n = {result['n']}): {values}", soft_wrap=True)
     for told in verdicts(report):
         for verdict in ("better", "worse", "no difference shown"):
             if told.get(verdict):

@@ -13,9 +13,16 @@ from typing import Any
 
 from lightning_utilities.core.rank_zero import rank_zero_info
 
+from lightning_chatgpt.chat.conversation import Conversation
 from lightning_chatgpt.errors import ConfigError
+from lightning_chatgpt.evaluation.counterfactual import counterfactual_report
+from lightning_chatgpt.evaluation.counterfactual_files import read_counterfactuals
+from lightning_chatgpt.evaluation.fairness import LIMITS, FairnessSettings, audit, group_report
 from lightning_chatgpt.evaluation.figures import likelihood_figures, reply_figures, reply_scores
-from lightning_chatgpt.evaluation.records import Item, Measuring, Record, items_digest, measure, network_digest
+from lightning_chatgpt.evaluation.harness import harness_folder, run_harness
+from lightning_chatgpt.evaluation.items import run_folder, training_chats
+from lightning_chatgpt.evaluation.records import Item, Measurer, Measuring, Record, items_digest, measure, network_digest
+from lightning_chatgpt.evaluation.words import read_words
 from lightning_chatgpt.generation.generate import max_positions
 from lightning_chatgpt.models.build import LoadedModel, load_model
 from lightning_chatgpt.precision import ChatTrainer
@@ -24,7 +31,13 @@ CURVES = ("train_loss", "val_loss")
 
 
 def evaluate_models(
-    models: Sequence[str], items: Sequence[Item], *, trainer: ChatTrainer, measuring: Measuring, bertscore: str | None = None
+    models: Sequence[str],
+    items: Sequence[Item],
+    *,
+    trainer: ChatTrainer,
+    measuring: Measuring,
+    bertscore: str | None = None,
+    fairness: FairnessSettings | None = None,
 ) -> dict[str, Any]:
     """Measure models on the same items, and hold each against the first.
 
@@ -34,8 +47,9 @@ def evaluate_models(
         trainer: Whose ``default_root_dir`` the records are written to.
         measuring: How.
         bertscore: A local folder with an encoder for BERTScore; None for none.
+        fairness: What is looked at as to fairness; None for nothing.
 
-    Returns: the report's ``models``, ``figures``, ``replies`` and ``data``; on other processes than the first nothing.
+    Returns: the report's ``models``, ``figures``, ``replies``, ``data`` and ``fairness``; on other processes than the first nothing.
     """
     described: list[dict[str, Any]] = []
     records: list[list[Record]] = []
@@ -46,13 +60,52 @@ def evaluate_models(
         described.append({"name": name, "path": model, **describe_model(loaded), **describe_run(model)})
     if not trainer.is_global_zero:
         return {}
+    names = [about["name"] for about in described]
     figures = [*likelihood_figures(records), *reply_figures(records, bertscore=bertscore)]
     return {
         "data": {"items": len(items), "digest": items_digest(items), "sources": dict(Counter(item.source for item in items))},
         "models": described,
         "figures": [figure.to_dict() for figure in figures],
         "replies": _replies(records),
+        **({"fairness": _fairness(models, names, records, fairness, measuring)} if fairness is not None else {}),
     }
+
+
+def _fairness(
+    models: Sequence[str], names: Sequence[str], records: Sequence[Sequence[Record]], settings: FairnessSettings, measuring: Measuring
+) -> dict[str, Any]:
+    """Groups and counterfactuals of each model, and what the first run was trained on."""
+    counterfactuals = read_counterfactuals(settings.counterfactual) if settings.counterfactual is not None else None
+    words = read_words(settings.words)
+    found = []
+    for name, model, own in zip(names, models, records, strict=True):
+        groups = group_report(own, settings=settings) if settings.group is not None else None
+        compared = None
+        if counterfactuals is not None:
+            measurer = Measurer(load_model(model), measuring)
+
+            def score(chats: list[Conversation], measurer: Measurer = measurer, name: str = name) -> list[tuple[float, int]]:
+                scores = [scores[-1] for scores in measurer.message_scores(chats, title=f"{name}: variants")]
+                return [(-score.nll, score.tokens) for score in scores]
+
+            def reply(chats: list[Conversation], measurer: Measurer = measurer, name: str = name) -> list[str]:
+                return [reply.text for reply in measurer.replies(chats, title=f"{name}: replies to variants")]
+
+            compared = counterfactual_report(counterfactuals, score=score, reply=reply, words=words)
+        found.append({"name": name, "groups": groups, "counterfactual": compared})
+    folder = run_folder(models)
+    return {"models": found, "audit": audit(training_chats(folder), settings=settings) if folder is not None else None, "limits": LIMITS}
+
+
+def harness_results(
+    models: Sequence[str], *, task: str, data: str | None, batch_size: int, limit: int | None, device: str | None
+) -> list[dict[str, Any]]:
+    """What EleutherAI's lm-evaluation-harness says of each model; arguments as ``run_harness`` takes them."""
+    found = []
+    for name, model in zip(unique_names(models), models, strict=True):
+        with harness_folder(model) as folder:
+            found.append({"model": name, **run_harness(folder, task=task, data=data, batch_size=batch_size, limit=limit, device=device)})
+    return found
 
 
 def unique_names(models: Sequence[str]) -> list[str]:

@@ -39,6 +39,18 @@ def read_items(source: str, *, is_text: bool = False) -> list[Item]:
     return items
 
 
+def run_folder(models: Sequence[str]) -> Path | None:
+    """The first of the models that is a run folder; None where none is."""
+    return next((Path(model) for model in models if (Path(model) / "config.yaml").is_file()), None)
+
+
+def training_chats(folder: Path) -> list[Conversation]:
+    """The conversations that a run was trained on, read as its config says."""
+    module = _data_module(folder / "config.yaml")
+    items = items_of(module, module.load_parts("fit").get("train", []))
+    return [item.content for item in items if isinstance(item.content, Conversation)]
+
+
 def held_out_items(models: Sequence[str]) -> tuple[list[Item], str]:
     """What the first run folder among the models held out when it was trained: its test split, or else its validation split.
 
@@ -47,7 +59,7 @@ def held_out_items(models: Sequence[str]) -> tuple[list[Item], str]:
     Raises:
         ConfigError: There is no run folder among them, or it held nothing out.
     """
-    folder = next((Path(model) for model in models if (Path(model) / "config.yaml").is_file()), None)
+    folder = run_folder(models)
     if folder is None:
         raise ConfigError("there is nothing to evaluate on: none of the models is a run folder that held something out; set --data FILE")
     module = _data_module(folder / "config.yaml")

@@ -8,16 +8,17 @@ A conversation's record holds ``id``, ``source``, ``labels``, ``prompt`` (messag
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import xxhash
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
 
 from lightning_chatgpt.callbacks.predictions import PredictionWriter
 from lightning_chatgpt.chat.conversation import Conversation
@@ -27,7 +28,7 @@ from lightning_chatgpt.data.sampler import ShardSampler
 from lightning_chatgpt.data.serving import share_of
 from lightning_chatgpt.errors import ConfigError
 from lightning_chatgpt.evaluation.likelihood import MARKERS, Score, Text, score_texts, text_of_chat
-from lightning_chatgpt.generation.generate import generate_replies, max_positions
+from lightning_chatgpt.generation.generate import Reply, generate_replies, max_positions
 from lightning_chatgpt.models.attention import set_attention
 from lightning_chatgpt.precision import ChatTrainer
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from lightning_chatgpt.models.build import LoadedModel
 
 Record = dict[str, Any]
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -109,21 +111,47 @@ class Measurer:
 
     def records(self, items: Sequence[Item]) -> list[Record]:
         """Score and answer items together."""
-        settings = self.settings
-        texts = [self._text_of(item) for item in items]
-        scores = score_texts(
-            self.network, texts, pad_token_id=self.tokenizer.pad_token_id, batch_size=settings.batch_size, stride=settings.stride
-        )
-        records = [_record(item, found) for item, found in zip(items, scores, strict=True)]
-        asked = [item.content.prompt_and_reference()[0] for item in items if isinstance(item.content, Conversation)]
-        if asked and settings.max_new_tokens:
-            prompts = [self._encoder.encode_prompt(prompt) for prompt in asked]
-            replies = iter(generate_replies(self.network, self.tokenizer, prompts, max_new_tokens=settings.max_new_tokens))
+        records = [_record(item, found) for item, found in zip(items, self._scores([self._text_of(item) for item in items]), strict=True)]
+        asked = [item.content for item in items if isinstance(item.content, Conversation)]
+        if asked and self.settings.max_new_tokens:
+            replies = iter(self._answer(asked))
             for record in records:
                 if "prompt" in record:
                     reply = next(replies)
                     record.update(reply=reply.text, finish_reason=reply.finish_reason, completion_tokens=reply.n_tokens)
         return records
+
+    def message_scores(self, chats: Sequence[Conversation], *, title: str) -> list[list[Score]]:
+        """The score of each message of each conversation, in order; a bar is called by the title."""
+
+        def scores(batch: Sequence[Conversation]) -> list[list[Score]]:
+            found = self._scores([text_of_chat(self._encoder, chat) for chat in batch])
+            return [[score[number] for number in range(len(chat.messages))] for score, chat in zip(found, batch, strict=True)]
+
+        return self._in_batches(chats, scores, title)
+
+    def replies(self, chats: Sequence[Conversation], *, title: str) -> list[Reply]:
+        """The reply to each conversation, in place of its last message where that is the assistant's; a bar is called by the title."""
+        return self._in_batches(chats, self._answer, title)
+
+    def _in_batches(
+        self, chats: Sequence[Conversation], function: Callable[[list[Conversation]], list[Result]], title: str
+    ) -> list[Result]:
+        """What a function makes of conversations, those of about one length together."""
+        order = sorted(range(len(chats)), key=lambda i: sum(len(message.content) for message in chats[i].messages))
+        found: dict[int, Result] = {}
+        for start in tqdm(range(0, len(order), self.settings.batch_size), desc=title, leave=False, disable=None):
+            here = order[start : start + self.settings.batch_size]
+            found.update(zip(here, function([chats[i] for i in here]), strict=True))
+        return [found[i] for i in range(len(chats))]
+
+    def _scores(self, texts: Sequence[Text]) -> list[dict[int, Score]]:
+        pad_id, settings = self.tokenizer.pad_token_id, self.settings
+        return score_texts(self.network, texts, pad_token_id=pad_id, batch_size=settings.batch_size, stride=settings.stride)
+
+    def _answer(self, chats: Sequence[Conversation]) -> list[Reply]:
+        prompts = [self._encoder.encode_prompt(chat.prompt_and_reference()[0]) for chat in chats]
+        return generate_replies(self.network, self.tokenizer, prompts, max_new_tokens=self.settings.max_new_tokens)
 
     def _text_of(self, item: Item) -> Text:
         if isinstance(item.content, Conversation):

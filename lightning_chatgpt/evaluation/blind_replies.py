@@ -94,7 +94,9 @@ def answer(
     for model, keys in zip(models, wanted, strict=True):
         missing = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in known}
         with path.open("a", encoding="utf-8") as file:
-            for key, reply in _generate(model, missing, n_known=len(keys) - len(missing), max_new_tokens=max_new_tokens, batch_size=batch_size):
+            for key, reply in _generate(
+                model, missing, n_known=len(keys) - len(missing), max_new_tokens=max_new_tokens, batch_size=batch_size
+            ):
                 known[key] = {"key": key, "model": model, **reply}
                 file.write(_line(known[key]))
                 file.flush()
@@ -143,7 +145,9 @@ def _generate(
     network.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
     room = max_positions(network) - max_new_tokens
     if room < 1:
-        raise ConfigError(f"max_new_tokens {max_new_tokens} leaves no room for a prompt in the {max_positions(network)} positions of {model}")
+        raise ConfigError(
+            f"max_new_tokens {max_new_tokens} leaves no room for a prompt in the {max_positions(network)} positions of {model}"
+        )
     encoder = Encoder(tokenizer, max_length=room)
     keys = list(prompts)
     with tqdm(desc=f"Replies of {model}", total=n_known + len(keys), initial=n_known, unit=" replies") as bar:

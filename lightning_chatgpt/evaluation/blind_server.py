@@ -106,7 +106,7 @@ def check_serving() -> None:
         ConfigError: A package is not installed.
     """
     try:
-        import starlette.applications
+        import starlette  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise ConfigError(
@@ -192,7 +192,7 @@ def make_app(judging: Judging, *, key: str, finish: Callable[[], Sequence[str]])
 
     async def view(request: Request) -> Response:
         asked = request.query_params.get("number", "")
-        number = number_of(int(asked), len(judging.pairs)) if asked.isdecimal() else None
+        number = number_of(int(asked[:9]), len(judging.pairs)) if asked.isdecimal() else None
         return JSONResponse(judging.view(number))
 
     async def vote(request: Request) -> Response:
@@ -227,7 +227,10 @@ def make_app(judging: Judging, *, key: str, finish: Callable[[], Sequence[str]])
             Route("/favicon.ico", no_icon),
         ],
         # A page of elsewhere may call this machine by a name of its own.
-        middleware=[Middleware(Guard, key=key), Middleware(TrustedHostMiddleware, allowed_hosts=[ADDRESS, "localhost"], www_redirect=False)],
+        middleware=[
+            Middleware(Guard, key=key),
+            Middleware(TrustedHostMiddleware, allowed_hosts=[ADDRESS, "localhost"], www_redirect=False),
+        ],
     )
 
 

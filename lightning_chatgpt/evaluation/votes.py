@@ -142,7 +142,9 @@ class VoteFile:
 
 
 def preferences(votes: Collection[Vote], pairs: Mapping[str, Pair]) -> Iterator[dict[str, Any]]:
-    """What was decided, as records with ``prompt``, ``chosen`` and ``rejected`` (lists of messages); those with an empty reply are left out.
+    """What was decided, as records with ``prompt``, ``chosen`` and ``rejected``, which are lists of messages.
+
+    Pairs with an empty reply are left out: nothing could be learnt from it.
 
     Yields: records that ``data.train`` reads, and that other tools for preference tuning take as they are.
     """
@@ -167,8 +169,8 @@ def summarise(votes: Collection[Vote]) -> dict[str, Any]:
         votes: Those that hold: one for each rater and pair.
 
     Returns: ``votes`` (how many of each kind), ``prompts`` and ``raters`` (votes of each); ``win_rate`` of A, ties and both bad as half;
-        ``left_wins``, the share of decided votes that went to what was shown left; both with 95 % intervals for which prompts are drawn, each
-        with all its votes; ``agreement`` of each two raters.
+        ``left_wins``, the share of decided votes that went to what was shown left; both with 95 % intervals, for which prompts are drawn
+        with all votes on them; ``agreement`` of each two raters.
     """
     counts = Counter(vote.vote for vote in votes)
     return {
@@ -186,7 +188,6 @@ def _share(scores: Sequence[tuple[str, float]]) -> dict[str, Any]:
     import torch
 
     from lightning_chatgpt.metrics.bootstrap import estimate
-    from lightning_chatgpt.metrics.sums import Ratio
 
     rows: dict[str, list[float]] = {}
     for prompt, score in scores:
@@ -194,7 +195,7 @@ def _share(scores: Sequence[tuple[str, float]]) -> dict[str, Any]:
         row[0] += score
         row[1] += 1
     table = torch.tensor([rows[prompt] for prompt in sorted(rows)], dtype=torch.float64)  # sorted: whatever the order of the votes
-    return estimate(table, Ratio().of_sums).to_dict()
+    return estimate(table, lambda sums: sums[..., 0] / sums[..., 1]).to_dict()
 
 
 def _agreement(votes: Collection[Vote]) -> Iterator[dict[str, Any]]:

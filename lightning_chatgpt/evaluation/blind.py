@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -63,50 +64,62 @@ def run_blind(
     if identities[0] == identities[1]:
         raise ConfigError(f"{models[0]} and {models[1]} are the same model; name two that differ")
     chats = read_prompts(prompts)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SaveError(f"{output}: the folder cannot be made ({error.strerror or error}); name another") from None
-    try:
-        with FileLock(output / ".lock", timeout=0), bind(port) as listening:
-            pairs = answer(chats, models=models, identities=identities, output=output, max_new_tokens=max_new_tokens, batch_size=batch_size)
-            by_id = {pair.id: pair for pair in pairs}
-            file = VoteFile(output / VOTES_FILE, pairs=by_id, models=dict(zip(MODELS, models, strict=True)))
-            judging = Judging(pairs, file=file, rater=rater, identities=identities, seed=seed)
+    with _alone_in(output), bind(port) as listening:
+        pairs = answer(chats, models=models, identities=identities, output=output, max_new_tokens=max_new_tokens, batch_size=batch_size)
+        by_id = {pair.id: pair for pair in pairs}
+        file = VoteFile(output / VOTES_FILE, pairs=by_id, models=dict(zip(MODELS, models, strict=True)))
+        judging = Judging(pairs, file=file, rater=rater, identities=identities, seed=seed)
 
-            def finish() -> dict[str, Any]:
-                result = {"models": file.models, "source": prompts, "pairs": len(pairs), **summarise(file.votes.values())}
-                decided = preferences(file.votes.values(), by_id)
-                replace_file(output / PREFERENCES_FILE, (json.dumps(record, ensure_ascii=False) + "\n" for record in decided))
-                replace_file(output / RESULT_FILE, [json.dumps(result, indent=2, ensure_ascii=False) + "\n"])
-                return result
+        def announce(address: str) -> None:
+            print(f"{rater} has judged {judging.n_judged} of {len(pairs)} pairs. Judge at\n  {address}")
+            print("Ctrl-C ends; every vote is kept, and the same command goes on.", flush=True)
 
-            if judging.n_judged < len(pairs):
+        def finish() -> dict[str, Any]:
+            result = {"models": file.models, "source": prompts, "pairs": len(pairs), **summarise(file.votes.values())}
+            decided = preferences(file.votes.values(), by_id)
+            replace_file(output / PREFERENCES_FILE, (json.dumps(record, ensure_ascii=False) + "\n" for record in decided))
+            replace_file(output / RESULT_FILE, [json.dumps(result, indent=2, ensure_ascii=False) + "\n"])
+            return result
 
-                def announce(address: str) -> None:
-                    print(f"{rater} has judged {judging.n_judged} of {len(pairs)} pairs. Judge at")
-                    print(f"  {address}")
-                    print("Ctrl-C ends; every vote is kept, and the same command goes on.", flush=True)
-
-                serve(judging, listening=listening, finish=lambda: in_words(finish()), announce=announce)
-            result = finish()
-    except Timeout:
-        raise ConfigError(f"{output}: somebody is judging in there; wait until they have ended, or name another folder") from None
+        if judging.n_judged < len(pairs):
+            serve(judging, listening=listening, finish=lambda: in_words(finish()), announce=announce)
+        result = finish()
     print(f"\n{rater} has judged {judging.n_judged} of {len(pairs)} pairs.")
     _print(result)
     print(f"Written to {output}: {RESULT_FILE}, {VOTES_FILE}, {PREFERENCES_FILE}")
     return result
 
 
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """A folder that no other process judges in meanwhile."""
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise ConfigError(f"{folder}: somebody is judging in there; wait until they have ended, or name another folder") from None
+    except OSError as error:
+        raise SaveError(f"{folder}: cannot be written to ({error.strerror or error}); name another folder") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def in_words(result: dict[str, Any]) -> list[str]:
     """A result in sentences that name no model, for who may go on judging."""
     votes, win_rate = result["votes"], result["win_rate"]
-    lines = [
-        f"The model that was named first wins {_percent(win_rate)} of the time, ties and both bad counted as half.",
+    return [
+        f"The model that was named first wins {win_rate['value']:.1%} of the time, ties and both bad counted as half "
+        f"(95% interval {_interval(win_rate)}, over {win_rate['n']} prompts).",
         f"Votes: {votes['A']} for the first, {votes['B']} for the second, {votes['tie']} ties, {votes['both_bad']} times both bad. "
         "The terminal tells which is which.",
+        *(
+            f"{_names(found)}: {found['agreed']:.0%} alike, {_kappa(found)}, over {found['prompts']} prompts."
+            for found in result["agreement"]
+        ),
     ]
-    return [*lines, *(f"{' and '.join(found['raters'])}: {_agreement(found)}." for found in result["agreement"])]
 
 
 def _print(result: dict[str, Any]) -> None:
@@ -114,26 +127,33 @@ def _print(result: dict[str, Any]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title="Blind comparison", title_justify="left", show_header=False)
+    table = Table("", title="Blind comparison", title_justify="left")
+    for column in ("votes", "share", "95% interval", "prompts"):
+        table.add_column(column, justify="right")
     votes = result["votes"]
-    for model, name in result["models"].items():
-        table.add_row(Text(f"{model}: {name}"), f"{votes[model]} votes")  # Text: a name such as "[b]" is no markup
-    table.add_row("tie, both bad", f"{votes['tie']}, {votes['both_bad']} votes")
-    table.add_row("A wins, ties as half", _percent(result["win_rate"]))
-    table.add_row("left wins, of what was decided", _percent(result["left_wins"]))
+    labels = {**{model: f"{model}: {name}" for model, name in result["models"].items()}, "tie": "tie", "both_bad": "both bad"}
+    for verdict, label in labels.items():
+        table.add_row(Text(label), f"{votes[verdict]}")  # Text: a name such as "[b]" is no markup
+    shares = {
+        "win_rate": ("A wins, undecided as half", sum(votes.values())),
+        "left_wins": ("left wins, where decided", votes["A"] + votes["B"]),
+    }
+    for key, (label, n) in shares.items():
+        found = result[key]
+        if n:
+            table.add_row(label, f"{n}", f"{found['value']:.1%}", _interval(found), f"{found['n']}")
     for found in result["agreement"]:
-        table.add_row(Text(" and ".join(found["raters"])), _agreement(found))
+        table.add_row(Text(_names(found)), "", f"{found['agreed']:.0%} alike", _kappa(found), f"{found['prompts']}")
     Console(highlight=False).print(table)
 
 
-def _percent(estimate: dict[str, Any]) -> str:
-    value, low, high, n = (estimate[name] for name in ("value", "low", "high", "n"))
-    if value is None:
-        return "–"
-    interval = f"95 % interval {low:.1%} to {high:.1%}" if low is not None else "no interval"
-    return f"{value:.1%} ({interval}, {n} prompt{'s' * (n != 1)})"
+def _interval(found: dict[str, Any]) -> str:
+    return "–" if found["low"] is None else f"{found['low']:.1%} to {found['high']:.1%}"
 
 
-def _agreement(found: dict[str, Any]) -> str:
-    kappa = "kappa not defined" if found["kappa"] is None else f"kappa {found['kappa']:.2f}"
-    return f"{kappa} ({found['agreed']:.0%} alike, {found['prompts']} prompt{'s' * (found['prompts'] != 1)})"
+def _names(found: dict[str, Any]) -> str:
+    return " and ".join(found["raters"])
+
+
+def _kappa(found: dict[str, Any]) -> str:
+    return "kappa undefined" if found["kappa"] is None else f"kappa {found['kappa']:.2f}"

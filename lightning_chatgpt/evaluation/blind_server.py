@@ -5,6 +5,7 @@ Nobody but who knows the key is answered, nothing the browser shows may leave th
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import json
@@ -13,7 +14,6 @@ import socket
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
-from urllib.parse import parse_qs
 
 from lightning_chatgpt.errors import ConfigError, SaveError
 from lightning_chatgpt.evaluation.votes import MODELS, VERDICTS, Model, Pair, Verdict, Vote, VoteFile
@@ -135,7 +135,7 @@ def bind(port: int) -> socket.socket:
     return taken
 
 
-def serve(judging: Judging, *, listening: socket.socket, finish: Callable[[], Sequence[str]], announce: Callable[[str], None]) -> bool:
+def serve(judging: Judging, *, listening: socket.socket, finish: Callable[[], Sequence[str]], announce: Callable[[str], None]) -> None:
     """Serve the page until everything is judged and finished, or Ctrl-C.
 
     Args:
@@ -143,29 +143,23 @@ def serve(judging: Judging, *, listening: socket.socket, finish: Callable[[], Se
         listening: The port, as :func:`bind` took it; closed at the end.
         finish: Called when everything is judged; the lines that it returns are shown on the page.
         announce: Told the page's address, with its key.
-
-    Returns: whether it was finished.
     """
     import uvicorn
 
     key = secrets.token_urlsafe(_KEY_BYTES)
-    is_finished = False
 
     def end() -> Sequence[str]:
-        nonlocal is_finished
-        lines = finish()
-        is_finished = server.should_exit = True
-        return lines
+        server.should_exit = True  # once this is answered
+        return finish()
 
-    # No log: it would hold the key.
-    config = uvicorn.Config(make_app(judging, key=key, finish=end), log_level="error", access_log=False, lifespan="off", ws="none")
+    # No log of requests: it would hold the key.
+    config = uvicorn.Config(
+        make_app(judging, key=key, finish=end), log_level="error", access_log=False, lifespan="off", ws="none", proxy_headers=False
+    )
     server = uvicorn.Server(config)
     announce(f"http://{ADDRESS}:{listening.getsockname()[1]}/?key={key}")
-    try:
+    with contextlib.suppress(KeyboardInterrupt):  # uvicorn has answered what was asked, and hands it on
         server.run(sockets=[listening])
-    except KeyboardInterrupt:  # uvicorn has answered what was asked, and hands it on
-        return is_finished
-    return is_finished
 
 
 def make_app(judging: Judging, *, key: str, finish: Callable[[], Sequence[str]]) -> Starlette:
@@ -248,7 +242,7 @@ class Guard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""
-        from starlette.datastructures import Headers, MutableHeaders
+        from starlette.datastructures import Headers, MutableHeaders, QueryParams
         from starlette.responses import PlainTextResponse
 
         if scope["type"] != "http":
@@ -271,7 +265,7 @@ class Guard:
             await send(message)
 
         headers = Headers(scope=scope)
-        given = parse_qs(scope["query_string"]).get(b"key", [b""])[0]
+        given = QueryParams(scope["query_string"]).get("key", "").encode()
         answer: ASGIApp = self.app
         if scope["path"] != "/favicon.ico" and not hmac.compare_digest(given, self.key):
             answer = PlainTextResponse("The key is missing or wrong: open the address that the command printed.", 403)

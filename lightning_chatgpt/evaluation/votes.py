@@ -136,7 +136,8 @@ class VoteFile:
             raise DataError(f"{self.path}:{number}: is no vote; remove the line, or name another folder") from None
         if vote.id not in self.pairs or replies != self.pairs[vote.id].replies:
             raise DataError(
-                f"{self.path}:{number}: is a vote on {vote.id!r} with other replies than the models give now; name another folder"
+                f"{self.path}:{number}: is a vote on {vote.id!r} with other replies than A and B give now; name the models in the order "
+                "that they had, or another folder"
             )
         return vote
 

@@ -56,7 +56,7 @@ def run_blind(
     if len(models) != 2:
         raise ConfigError(f"a blind comparison is between two models, not {len(models)}; name A and B")
     if not rater.strip():
-        raise ConfigError("the rater has no name; give one, such as --rater anna")
+        raise ConfigError("the rater has no name; give one, such as --rater me")
     if min(max_new_tokens, batch_size) < 1:
         raise ConfigError(f"max_new_tokens and batch_size must be at least 1, not {max_new_tokens} and {batch_size}")
     check_serving()

@@ -24,9 +24,7 @@ NAMES = {"A": "runs/secret-a", "B": "runs/secret-b"}
 IDENTITIES = ("0123", "4567")
 
 
-def make_judging(
-    folder: Path, *, n_pairs: int = 3, rater: str = "anna", identities: tuple[str, str] = IDENTITIES, seed: int = 0
-) -> Judging:
+def make_judging(folder: Path, *, n_pairs: int = 3, rater: str = "r1", identities: tuple[str, str] = IDENTITIES, seed: int = 0) -> Judging:
     swapped = identities != IDENTITIES
     pairs = []
     for i in range(1, n_pairs + 1):
@@ -45,7 +43,7 @@ def test_sides_are_drawn_evenly_and_stay(tmp_path: Path) -> None:
     first = lefts(make_judging(tmp_path, n_pairs=400))
     assert 160 <= first.count("one") <= 240  # 200 expected, four standard deviations either way
     assert lefts(make_judging(tmp_path, n_pairs=400)) == first
-    for other in (lefts(make_judging(tmp_path, n_pairs=400, rater="ben")), lefts(make_judging(tmp_path, n_pairs=400, seed=1))):
+    for other in (lefts(make_judging(tmp_path, n_pairs=400, rater="r2")), lefts(make_judging(tmp_path, n_pairs=400, seed=1))):
         assert 160 <= sum(a == b for a, b in zip(first, other, strict=True)) <= 240
 
 
@@ -59,7 +57,7 @@ def test_a_choice_is_kept_as_the_model_that_was_shown_there(tmp_path: Path, choi
     for number, pair in enumerate(judging.pairs, start=1):
         shown = [reply["content"] for reply in judging.view(number)["replies"]]
         judging.vote(number, choice)
-        vote = judging.file.votes["anna", pair.id]
+        vote = judging.file.votes["r1", pair.id]
         assert pair.replies[vote.left] == shown[0]
         if choice <= 2:
             assert pair.replies[vote.vote] == shown[choice - 1]  # type: ignore[index]
@@ -82,7 +80,7 @@ def test_the_first_that_is_not_judged_is_shown_and_one_can_go_back(tmp_path: Pat
     judging.vote(2, 1)
     judging.vote(3, 1)
     assert judging.view() == {"number": None, "n_pairs": 3, "n_judged": 3}
-    assert make_judging(tmp_path, rater="ben").view()["n_judged"] == 0
+    assert make_judging(tmp_path, rater="r2").view()["n_judged"] == 0
 
 
 class Client:

@@ -12,10 +12,11 @@ from filelock import FileLock, Timeout
 
 from lightning_chatgpt.checkpoints.file import replace_file
 from lightning_chatgpt.errors import ConfigError, SaveError
-from lightning_chatgpt.evaluation.blind_replies import answer, identity, read_prompts
+from lightning_chatgpt.evaluation.blind_replies import answer, read_prompts
 from lightning_chatgpt.evaluation.blind_server import Judging, bind, check_serving, serve
-from lightning_chatgpt.evaluation.votes import MODELS, VOTES_FILE, VoteFile, preferences, summarise
+from lightning_chatgpt.evaluation.votes import MODELS, VoteFile, preferences, summarise
 
+VOTES_FILE = "votes.jsonl"
 RESULT_FILE = "result.json"
 PREFERENCES_FILE = "preferences.jsonl"
 
@@ -33,7 +34,7 @@ def run_blind(
 ) -> dict[str, Any]:
     """Let a person compare two models on a page, until everything is judged or Ctrl-C; the same call goes on where it was left.
 
-    ``output`` then holds ``replies.jsonl``, ``votes.jsonl`` (each vote at once), ``preferences.jsonl`` and ``result.json``.
+    ``output`` then holds ``votes.jsonl`` (each vote at once), ``preferences.jsonl``, ``result.json``, and in ``records`` what was answered.
 
     Args:
         models: Two models, A and B: run folders, ``.ckpt`` files, transformers folders, ``builtin:NAME`` or hub names.
@@ -60,15 +61,13 @@ def run_blind(
     if min(max_new_tokens, batch_size) < 1:
         raise ConfigError(f"max_new_tokens and batch_size must be at least 1, not {max_new_tokens} and {batch_size}")
     check_serving()
-    identities = [identity(model) for model in models]
-    if identities[0] == identities[1]:
-        raise ConfigError(f"{models[0]} and {models[1]} are the same model; name two that differ")
-    chats = read_prompts(prompts)
+    items = read_prompts(prompts)
     with _alone_in(output), bind(port) as listening:
-        pairs = answer(chats, models=models, identities=identities, output=output, max_new_tokens=max_new_tokens, batch_size=batch_size)
+        records = output / "records"
+        pairs, digests = answer(items, models=models, folder=records, max_new_tokens=max_new_tokens, batch_size=batch_size)
         by_id = {pair.id: pair for pair in pairs}
         file = VoteFile(output / VOTES_FILE, pairs=by_id, models=dict(zip(MODELS, models, strict=True)))
-        judging = Judging(pairs, file=file, rater=rater, identities=identities, seed=seed)
+        judging = Judging(pairs, file=file, rater=rater, identities=digests, seed=seed)
 
         def announce(address: str) -> None:
             print(f"{rater} has judged {judging.n_judged} of {len(pairs)} pairs. Judge at\n  {address}")

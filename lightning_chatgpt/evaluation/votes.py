@@ -24,8 +24,6 @@ Verdict = Literal["A", "B", "tie", "both_bad"]
 MODELS: tuple[Model, ...] = get_args(Model)
 VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 
-VOTES_FILE = "votes.jsonl"
-
 _SCORES = {"A": 1.0, "B": 0.0}  # of A; half for what is not decided
 
 

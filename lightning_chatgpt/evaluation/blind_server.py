@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import hmac
 import json
+import os
 import secrets
 import socket
 from collections.abc import Callable, Mapping, Sequence
@@ -124,7 +125,8 @@ def bind(port: int) -> socket.socket:
         ConfigError: It is taken, or none.
     """
     taken = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port that was left a moment ago is free
+    if os.name != "nt":  # there it would take a port from who has it
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port that was left a moment ago is free
     try:
         taken.bind((ADDRESS, port))
         taken.listen()
@@ -152,12 +154,16 @@ def serve(judging: Judging, *, listening: socket.socket, finish: Callable[[], Se
         server.should_exit = True  # once this is answered
         return finish()
 
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets=sockets)
+            announce(f"http://{ADDRESS}:{listening.getsockname()[1]}/?key={key}")  # now it answers, and ends in order
+
     # No log of requests: it would hold the key.
     config = uvicorn.Config(
         make_app(judging, key=key, finish=end), log_level="error", access_log=False, lifespan="off", ws="none", proxy_headers=False
     )
-    server = uvicorn.Server(config)
-    announce(f"http://{ADDRESS}:{listening.getsockname()[1]}/?key={key}")
+    server = Server(config)
     with contextlib.suppress(KeyboardInterrupt):  # uvicorn has answered what was asked, and hands it on
         server.run(sockets=[listening])
 

@@ -134,8 +134,8 @@ class VoteFile:
             raise DataError(f"{self.path}:{number}: is no vote; remove the line, or name another folder") from None
         if vote.id not in self.pairs or replies != self.pairs[vote.id].replies:
             raise DataError(
-                f"{self.path}:{number}: is a vote on {vote.id!r} with other replies than A and B give now; name the models in the order "
-                "that they had, or another folder"
+                f"{self.path}:{number}: is a vote on {vote.id!r} with other replies than A and B give now; take the models, in the "
+                "order, and the settings that it was cast with, or name another folder"
             )
         return vote
 

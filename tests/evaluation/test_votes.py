@@ -96,7 +96,7 @@ def test_a_vote_that_could_not_be_saved_does_not_count(tmp_path: Path, monkeypat
         ),
         (
             '{"id": "p1", "vote": "A", "left": "A", "rater": "r1", "time": "", "replies": {"A": "x", "B": "y"}}',
-            r"votes\.jsonl:2: is a vote on 'p1' with other replies than A and B give now; name the models in the order that they had",
+            r"votes\.jsonl:2: is a vote on 'p1' with other replies than A and B give now; take the models, in the order",
         ),
     ],
 )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning_utilities.core.rank_zero import rank_zero_info
 
-from lightning_chatgpt.checkpoints.file import replace_file, written_at
+from lightning_chatgpt.checkpoints.file import replace_file, whole_lines, written_at
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -46,7 +46,7 @@ class PredictionWriter(BasePredictionWriter):
         trainer.strategy.barrier("predictions taken up")
         if hasattr(data, "prediction_key"):
             part, _ = self._share(trainer)
-            data.n_predicted = len(_lines(self._part(trainer, part)))
+            data.n_predicted = len(whole_lines(self._part(trainer, part)))
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open this process's part; of processes that split a model's layers, and answer the same, the first writes."""
@@ -98,7 +98,7 @@ class PredictionWriter(BasePredictionWriter):
         key = _key(trainer, pl_module, data)
         lines: dict[int, str] = {}
         if key and state.is_file() and state.read_text(encoding="utf-8") == key:
-            lines = {i * len(old) + part: line for part, path in enumerate(old) for i, line in enumerate(_lines(path))}
+            lines = {i * len(old) + part: line for part, path in enumerate(old) for i, line in enumerate(whole_lines(path))}
         n_parts, n_kept = self._n_parts(trainer), 0
         shares: list[list[str]] = []
         for part in range(n_parts):
@@ -133,12 +133,6 @@ class PredictionWriter(BasePredictionWriter):
 
     def _part(self, trainer: Trainer, part: int) -> Path:
         return self._folder(trainer) / f"{self.filename}.part{part}"
-
-
-def _lines(path: Path) -> list[str]:
-    """The whole lines of a file; a kill may have cut the last one short."""
-    with path.open(encoding="utf-8", newline="\n") as file:
-        return [line for line in file if line.endswith("\n")]
 
 
 def _key(trainer: Trainer, pl_module: LightningModule, data: Any) -> str:

@@ -108,6 +108,12 @@ def replace_file(path: Path, lines: Iterable[str]) -> None:
         ) from error
 
 
+def whole_lines(path: Path) -> list[str]:
+    """The lines of a text file with their ends; a kill may have cut the last one short, even within a character, and it is left out."""
+    whole, end, _ = path.read_bytes().rpartition(b"\n")
+    return [f"{line}\n" for line in whole.decode("utf-8").split("\n")] if end else []
+
+
 def check_checkpoint(path: str | Path) -> None:
     """Make sure that a checkpoint is whole: that it is what was written. One without a seal, saved by others, is taken as it is.
 

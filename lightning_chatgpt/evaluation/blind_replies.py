@@ -1,0 +1,77 @@
+"""What two models answer to the same prompts; measured as ``evaluate`` does it, and gone on with where it was broken off."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from lightning_chatgpt.chat.conversation import Conversation
+from lightning_chatgpt.errors import ConfigError, DataError
+from lightning_chatgpt.evaluation.items import read_items
+from lightning_chatgpt.evaluation.records import Item, Measuring, measure, network_digest
+from lightning_chatgpt.evaluation.votes import MODELS, Pair
+from lightning_chatgpt.models.build import load_model
+from lightning_chatgpt.precision import ChatTrainer
+
+
+def read_prompts(source: str) -> list[Item]:
+    """The conversations of a source; what the assistant says last in one is asked anew.
+
+    Raises:
+        DataError: There is no such source, nothing in it, or two conversations have one id.
+    """
+    items = read_items(source)
+    ids = set()
+    for item in items:
+        if item.id in ids:
+            raise DataError(f"{source}: two conversations have the id {item.id!r}, by which votes are told apart; give each its own")
+        ids.add(item.id)
+    return items
+
+
+def answer(
+    items: Sequence[Item], *, models: Sequence[str], folder: Path, max_new_tokens: int, batch_size: int
+) -> tuple[list[Pair], list[str]]:
+    """Answer each prompt with both models, greedily; what was answered before is not answered again.
+
+    Args:
+        items: Conversations.
+        models: Two models, as :func:`~lightning_chatgpt.models.build.load_model` takes them.
+        folder: Where records of what they answered are kept.
+        max_new_tokens: Tokens a reply may have.
+        batch_size: Prompts that are answered at once.
+
+    Returns: a pair for each prompt, in order; and what tells each model from all others.
+
+    Raises:
+        ConfigError: Both are the same model, or one has no room for replies that long.
+        ModelError: A model cannot be loaded.
+    """
+    loaded = [load_model(model) for model in models]
+    digests = [network_digest(model) for model in loaded]
+    if digests[0] == digests[1]:
+        raise ConfigError(f"{models[0]} and {models[1]} are the same model; name two that differ")
+    trainer = ChatTrainer(
+        accelerator="auto",
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        default_root_dir=folder,
+    )
+    settings = Measuring(batch_size=batch_size, max_new_tokens=max_new_tokens, stride=None)
+    both = [
+        # Named as evaluate names them: what it measured is found here, too.
+        measure(model, items, trainer=trainer, name=re.sub(r"[^\w.-]+", "-", name).strip("-"), settings=settings)
+        for name, model in zip(models, loaded, strict=True)
+    ]
+    pairs = []
+    for item, *records in zip(items, *both, strict=True):
+        assert isinstance(item.content, Conversation)
+        found = dict(zip(MODELS, records, strict=True))
+        cut = frozenset(model for model, record in found.items() if record["finish_reason"] == "length")
+        replies = {model: record["reply"] for model, record in found.items()}
+        pairs.append(Pair(item.id, item.content.prompt_and_reference()[0].messages, replies, cut))
+    return pairs, digests

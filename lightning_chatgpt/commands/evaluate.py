@@ -29,6 +29,11 @@ def evaluate(
     harness_data: str | None = None,
     accelerator: str = "auto",
     devices: int = 1,
+    blind: bool = False,
+    prompts: str | None = None,
+    rater: str = "me",
+    port: int = 0,
+    seed: int = 0,
 ) -> None:
     """Tell how good models are, and which is better: figures with intervals, differences from the first, replies side by side.
 
@@ -54,7 +59,42 @@ def evaluate(
         harness_data: What a local task reads; null takes text, or else data.
         accelerator: Where to compute: auto, cpu, gpu, mps.
         devices: Processes that share the work.
+        blind: Lets a person judge two models' replies on a page of this machine instead, without names (docs/blind.md).
+        prompts: What both are asked, with blind: conversations, as data.train takes them.
+        rater: Who judges, with blind.
+        port: Of that page; 0 for one that is free.
+        seed: Decides, with rater and prompt, whose reply is shown left.
     """
+    if blind or prompts is not None:
+        others = {
+            "data": data,
+            "text": text,
+            "limit": limit,
+            "stride": stride,
+            "bertscore": bertscore,
+            "fairness": fairness,
+            "harness": harness,
+        }
+        given = [name for name, value in others.items() if value is not None]
+        if not blind or prompts is None:
+            raise ConfigError("blind and prompts belong together: evaluate --blind A B --prompts FILE")
+        if given:
+            raise ConfigError(f"{given[0]} has no part in a blind comparison; leave it out, or evaluate without --blind")
+        from lightning_chatgpt.evaluation.blind import run_blind
+        from lightning_chatgpt.quiet import quieten
+
+        quieten()
+        run_blind(
+            models,
+            prompts=prompts,
+            output=Path(output),
+            rater=rater,
+            port=port,
+            seed=seed,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+        )
+        return
     if data is not None and text is not None:
         raise ConfigError("data and text exclude each other; evaluate on one, then on the other, each with an output of its own")
     for name, value, least in (
@@ -68,10 +108,9 @@ def evaluate(
     from lightning_chatgpt.evaluation.evaluate import evaluate_models, harness_results
     from lightning_chatgpt.evaluation.fairness import FairnessSettings
     from lightning_chatgpt.evaluation.items import held_out_items, read_items
-    from lightning_chatgpt.evaluation.records import Measuring
+    from lightning_chatgpt.evaluation.records import Measuring, measuring_trainer
     from lightning_chatgpt.evaluation.report_page import render_page
     from lightning_chatgpt.pages.plots import check_matplotlib
-    from lightning_chatgpt.precision import ChatTrainer
     from lightning_chatgpt.quiet import quieten
 
     check_matplotlib()
@@ -89,15 +128,7 @@ def evaluate(
         items, what = held_out_items(models)
     items = items[:limit]
     folder = Path(output)
-    trainer = ChatTrainer(
-        accelerator=accelerator,
-        devices=devices,
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        default_root_dir=folder / "records",
-    )
+    trainer = measuring_trainer(folder / "records", accelerator=accelerator, devices=devices)
     measuring = Measuring(batch_size=batch_size, max_new_tokens=0 if text is not None else max_new_tokens, stride=stride)
     found = evaluate_models(models, items, trainer=trainer, measuring=measuring, bertscore=bertscore, fairness=looked_at)
     if not trainer.is_global_zero:

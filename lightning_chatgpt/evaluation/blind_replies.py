@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from lightning_chatgpt.chat.conversation import Conversation
 from lightning_chatgpt.errors import ConfigError, DataError
 from lightning_chatgpt.evaluation.items import read_items
-from lightning_chatgpt.evaluation.records import Item, Measuring, measure, network_digest
+from lightning_chatgpt.evaluation.records import Item, Measuring, measure, measuring_trainer, network_digest
 from lightning_chatgpt.evaluation.votes import MODELS, Pair
 from lightning_chatgpt.models.build import load_model
-from lightning_chatgpt.precision import ChatTrainer
 
 
 def read_prompts(source: str) -> list[Item]:
@@ -52,21 +50,9 @@ def answer(
     digests = [network_digest(model) for model in loaded]
     if digests[0] == digests[1]:
         raise ConfigError(f"{models[0]} and {models[1]} are the same model; name two that differ")
-    trainer = ChatTrainer(
-        accelerator="auto",
-        devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        default_root_dir=folder,
-    )
+    trainer = measuring_trainer(folder)
     settings = Measuring(batch_size=batch_size, max_new_tokens=max_new_tokens, stride=None)
-    both = [
-        # Named as evaluate names them: what it measured is found here, too.
-        measure(model, items, trainer=trainer, name=re.sub(r"[^\w.-]+", "-", name).strip("-"), settings=settings)
-        for name, model in zip(models, loaded, strict=True)
-    ]
+    both = [measure(model, items, trainer=trainer, name=name, settings=settings) for name, model in zip(models, loaded, strict=True)]
     pairs = []
     for item, *records in zip(items, *both, strict=True):
         assert isinstance(item.content, Conversation)

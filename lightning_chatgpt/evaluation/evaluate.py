@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import math
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -56,7 +55,7 @@ def evaluate_models(
     for name, model in zip(unique_names(models), models, strict=True):
         loaded = load_model(model)
         rank_zero_info(f"{name}: {len(items):,} items")
-        records.append(measure(loaded, items, trainer=trainer, name=re.sub(r"[^\w.-]+", "-", name).strip("-"), settings=measuring))
+        records.append(measure(loaded, items, trainer=trainer, name=name, settings=measuring))
         described.append({"name": name, "path": model, **describe_model(loaded), **describe_run(model)})
     if not trainer.is_global_zero:
         return {}

@@ -8,6 +8,7 @@ A conversation's record holds ``id``, ``source``, ``labels``, ``prompt`` (messag
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,6 +164,25 @@ class Measurer:
         return Text([end, *ids], [MARKERS, *[0] * len(ids)])
 
 
+def measuring_trainer(folder: Path, *, accelerator: str = "auto", devices: int = 1) -> ChatTrainer:
+    """A Trainer for :func:`measure`, with nothing but what that needs.
+
+    Args:
+        folder: Where records are kept.
+        accelerator: Lightning's.
+        devices: Processes that share the items.
+    """
+    return ChatTrainer(
+        accelerator=accelerator,
+        devices=devices,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        default_root_dir=folder,
+    )
+
+
 def measure(model: LoadedModel, items: Sequence[Item], *, trainer: ChatTrainer, name: str, settings: Measuring) -> list[Record]:
     """Score and answer every item, each once over all processes; what was broken off is gone on with.
 
@@ -170,7 +190,7 @@ def measure(model: LoadedModel, items: Sequence[Item], *, trainer: ChatTrainer, 
         model: The network, and its tokenizer.
         items: The data.
         trainer: Whose ``default_root_dir`` the records are written to, one line of JSON each.
-        name: The file's, to which what its records depend on is added.
+        name: The model's; with what its records depend on it makes the file's.
         settings: How.
 
     Returns: the records, in the order of the items; on other processes than the first none.
@@ -183,7 +203,8 @@ def measure(model: LoadedModel, items: Sequence[Item], *, trainer: ChatTrainer, 
     module = _MeasuredModel(Measurer(model, settings))
     module.prediction_key = f"{network_digest(model)} {settings}"
     key = xxhash.xxh3_64_hexdigest(f"{module.prediction_key} {data.prediction_key}".encode())
-    path = Path(trainer.default_root_dir) / f"{name}-{key}.jsonl"
+    slug = re.sub(r"[^\w.-]+", "-", name).strip("-")
+    path = Path(trainer.default_root_dir) / f"{slug}-{key}.jsonl"
     if path.is_file():
         rank_zero_info(f"{name}: measured before ({path})")
     else:

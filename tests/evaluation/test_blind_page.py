@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -26,20 +26,15 @@ pytest.importorskip("uvicorn", reason="needs the extra serve")
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 N = 4
-SCRIPT = """
-import sys
-from pathlib import Path
-from lightning_chatgpt.evaluation.blind import run_blind
-*models, prompts, output = sys.argv[1:]
-run_blind(models, prompts=prompts, output=Path(output), rater="r1", port=0, seed=0, max_new_tokens=6, batch_size=4)
-"""
+COMMAND = [sys.executable, "-u", "-m", "lightning_chatgpt", "evaluate", "--blind"]
+SETTINGS = ["--rater", "r1", "--max_new_tokens", "6", "--batch_size", "4"]
 
 
 class Run:
     """The command, as a user starts it."""
 
     def __init__(self, arguments: list[str]) -> None:
-        self.process = subprocess.Popen([sys.executable, "-u", "-c", SCRIPT, *arguments], stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen([*COMMAND, *arguments, *SETTINGS], stdout=subprocess.PIPE, text=True)
         assert self.process.stdout is not None
         found = next(filter(None, (re.search(r"http://\S+", line) for line in self.process.stdout)), None)
         assert found is not None, "the command ended without an address"
@@ -54,16 +49,6 @@ class Run:
         return out
 
 
-@pytest.fixture
-def browser() -> Iterator[Any]:
-    if CHROMIUM is None:
-        pytest.skip("needs chromium")
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
 def test_a_person_judges_by_keyboard_and_goes_on_later(
     browser: Any, tmp_path: Path, tokenizer: PreTrainedTokenizerFast, write_chats: Callable[..., Path]
 ) -> None:
@@ -72,7 +57,7 @@ def test_a_person_judges_by_keyboard_and_goes_on_later(
     hostile = '<img src="https://evil.example/x" onerror="alert(1)"><script>alert(2)</script>'
     prompts = write_chats([chat(hostile, "Yes?", "Go on."), *(chat(f"question {i}") for i in range(1, N))])
     output = tmp_path / "out"
-    arguments = [*models, str(prompts), str(output)]
+    arguments = [*models, "--prompts", str(prompts), "--output", str(output)]
 
     page = browser.new_page(viewport={"width": 390, "height": 780})
     complaints: list[str] = []

@@ -10,7 +10,7 @@ from contextlib import nullcontext
 from lightning_chatgpt import __version__
 from lightning_chatgpt.errors import ConfigError, UserError
 from lightning_chatgpt.memory import uncollected
-from lightning_chatgpt.processes import end_with_parent
+from lightning_chatgpt.processes import PARENT, end_with_parent
 from lightning_chatgpt.versions import check_versions
 
 _TRAINER_VERBS = {
@@ -22,6 +22,7 @@ _TRAINER_VERBS = {
 }
 _COMMANDS = {
     "chat": "talk to a model in the terminal",
+    "sweep": "search for the best settings, a fit for each try",
     "export": "write a model as a plain transformers folder",
     "tokenizer": "train a tokenizer and compare it with GPT-2's",
 }
@@ -52,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"lightning-chatgpt {__version__}")
         elif verb in _TRAINER_VERBS:
             check_versions()
-            if os.environ.get("LOCAL_RANK", "0") != "0":
+            if os.environ.get("LOCAL_RANK", "0") != "0" or PARENT in os.environ:
                 end_with_parent()
             # Only once in a process: what an earlier run left is garbage.
             with nullcontext() if "lightning" in sys.modules else uncollected():

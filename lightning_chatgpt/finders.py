@@ -17,7 +17,7 @@ import numpy as np
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.strategies import SingleDeviceStrategy
-from lightning.pytorch.tuner import Tuner
+from lightning.pytorch.tuner.tuning import Tuner
 from lightning.pytorch.utilities.memory import garbage_collection_cuda
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
@@ -55,6 +55,7 @@ _SEARCHING: dict[str, Any] = {
     "profiler": None,
     "enable_checkpointing": False,
     "enable_model_summary": False,
+    "enable_progress_bar": False,
     "num_sanity_val_steps": 0,
     "val_check_interval": None,
     "check_val_every_n_epoch": 10**9,
@@ -230,8 +231,8 @@ def _find_rate(trainer: ChatTrainer, module: LightningModule, data: LightningDat
         raise ConfigError(f"{error}; {picture} shows it") from None
     _draw(picture, rates, values, suggestion)
     print(
-        f"lr_find: model.learning_rate {suggestion.rate:g}, a tenth of where the loss was lowest ({suggestion.smoothed[suggestion.lowest]:.3f} "
-        f"at {rates[suggestion.lowest]:.2g}); {picture} shows it"
+        f"lr_find: model.learning_rate {suggestion.rate:g}, a tenth of {rates[suggestion.lowest]:.2g}, where the loss was lowest "
+        f"({suggestion.smoothed[suggestion.lowest]:.3f}); {picture} shows it"
     )
     return suggestion.rate
 

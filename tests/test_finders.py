@@ -195,7 +195,7 @@ def test_no_suggestion_is_an_error(project: Path, capsys: pytest.CaptureFixture[
         (["--ckpt_path=auto"], "lr_find is for a new run, and ckpt_path auto goes on with one; leave one out"),
         (["--trainer.fast_dev_run=true"], "lr_find takes more steps than trainer.fast_dev_run lets it"),
         (["--trainer.devices=2"], "lr_find searches on one device, and trainer.strategy DDPStrategy has 2 process(es)"),
-        (["--batch_size_find=true", "--trainer.strategy=ddp"], "batch_size_find searches on one device, and trainer.strategy DDPStrategy has 1"),
+        (["--batch_size_find=true", "--trainer.strategy=ddp"], "batch_size_find searches on one device, and trainer.strategy DDP"),
         (["--model.class_path=tests.test_finders.Bare", "--model.init_args.n=2"], "tests.test_finders.Bare has no setting learning_rate"),
     ],
 )  # fmt: skip

@@ -16,6 +16,8 @@ def run_command(verb: str, arguments: Sequence[str]) -> None:
     from jsonargparse import auto_cli
 
     from lightning_chatgpt.arguments import OneLineParser
+    from lightning_chatgpt.configuration import resolve_arguments
 
     function = getattr(import_module(f"{__name__}.{verb}"), verb)
-    auto_cli(function, args=list(arguments), as_positional=True, prog=f"lightning-chatgpt {verb}", parser_class=OneLineParser)
+    given = ["--config" if argument == "-c" else argument for argument in resolve_arguments(arguments)[0]]
+    auto_cli(function, args=given, as_positional=True, prog=f"lightning-chatgpt {verb}", parser_class=OneLineParser)

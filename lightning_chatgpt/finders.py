@@ -180,11 +180,12 @@ def suggest(rates: Floats, losses: Floats) -> Suggestion:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Leave out what Lightning says of each trial's end and of its own checkpoint; which sizes were tried stays."""
-    names = ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.trainer.connectors.checkpoint_connector")
-    loggers = [logging.getLogger(name) for name in names]
+    names = ("utilities.rank_zero", "trainer.connectors.checkpoint_connector", "tuner.batch_size_scaling")
+    loggers = [logging.getLogger(f"lightning.pytorch.{name}") for name in names]
+    left_out = ("`Trainer.fit` stopped", "Restor", "`weights_only`", "GPU available", "TPU available", "Finished batch size finder")
 
     def is_news(record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith(("`Trainer.fit` stopped", "Restor", "`weights_only`", "GPU available", "TPU available"))
+        return not record.getMessage().startswith(left_out)
 
     for logger in loggers:
         logger.addFilter(is_news)

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
 
@@ -61,12 +61,11 @@ class Sweep(NamedTuple):
         return self.folder / f"trial-{number:04}"
 
 
-def read_space(space: Mapping[str, Any], prefix: str = "") -> tuple[dict[str, Any], dict[str, Any]]:
+def read_space(space: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Read what a sweep tries.
 
     Args:
-        space: Keys, dotted or nested, and distributions or values.
-        prefix: What stands before the keys.
+        space: Keys, dotted or nested, and distributions or values; of a key that stands twice the latter, as the command line's does.
 
     Returns: Optuna's distribution of each key that varies, choices as JSON; and the value of each one that does not.
 
@@ -77,17 +76,11 @@ def read_space(space: Mapping[str, Any], prefix: str = "") -> tuple[dict[str, An
 
     distributions: dict[str, BaseDistribution] = {}
     fixed: dict[str, Any] = {}
-    for name, value in space.items():
-        key = f"{prefix}{name}"
+    for key, value in dict(_flat(space)).items():
         if key in _OWN:
             raise ConfigError(f"space.{key} is what a sweep sets by itself; leave it out")
-        if not isinstance(value, Mapping) or not value:
+        if not _is_distribution(value):
             fixed[key] = value
-            continue
-        if not {"low", "high", "choices"} & value.keys():
-            inner = read_space(value, f"{key}.")
-            distributions.update(inner[0])
-            fixed.update(inner[1])
             continue
         for part in value:
             if part not in _DISTRIBUTION:
@@ -119,6 +112,18 @@ def read_space(space: Mapping[str, Any], prefix: str = "") -> tuple[dict[str, An
 def shown(value: Any) -> str:
     """A setting's value, in short."""
     return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _flat(space: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in space.items():
+        if isinstance(value, Mapping) and value and not _is_distribution(value):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _is_distribution(value: Any) -> bool:
+    return isinstance(value, Mapping) and not {"low", "high", "choices"}.isdisjoint(value)
 
 
 def fit_command(configs: Sequence[str], settings: Mapping[str, Any], *arguments: str) -> list[str]:

@@ -143,6 +143,8 @@ def _run(wanted: Sweep, *, trials: int, pruner: str, seed: int) -> None:
     ended = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
     if len(study.get_trials(deepcopy=False, states=ended)) >= trials:
         print(f"{wanted.folder}: its {trials} trials are made; raise trials to go on")
+    else:
+        print(f"{trials} trials in {wanted.folder}; what each one says is in its output.txt there", flush=True)
     with signals.heard():
         while (n_ended := len(study.get_trials(deepcopy=False, states=ended))) < trials:
             # A function of seed and number, so that a sweep that goes on tries what it would have tried.
@@ -253,7 +255,8 @@ def _tell(study: Any, wanted: Sweep) -> None:
 
     sign = 1 if wanted.direction == "minimize" else -1
     table = Table(title=f"Trials in {wanted.folder}", title_justify="left")
-    for column in ("trial", wanted.monitor, "", *wanted.distributions):
+    names = [key.rpartition(".")[2] for key in wanted.distributions]
+    for column in ("trial", wanted.monitor, "", *(names if len(set(names)) == len(names) else wanted.distributions)):
         table.add_column(column, overflow="fold")
     states = {TrialState.COMPLETE: "", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed"}
     made = [trial for trial in study.trials if trial.state in states]

@@ -65,6 +65,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Pa
     space = {"model.x": {"low": 0.0, "high": 1.0}, "data.kind": {"choices": ["a", None, 3]}, "trainer": {"max_epochs": 2}}
     Path("sweep.yaml").write_text(yaml.safe_dump({"fit": "base.yaml", "space": space, "trials": 3, "folder": "sweep"}))
     real = trials.fit_command
+    monkeypatch.setattr(trials, "_POLL_SECONDS", 0.02)
     monkeypatch.setattr(trials, "fit_command", lambda *given: [sys.executable, "fit.py", *real(*given)[4:]])
     return build
 
@@ -99,10 +100,10 @@ def test_the_best_is_found_and_written(project: Callable[..., Path], capsys: pyt
 
     main(["sweep", "-c", "sweep.yaml"])
     assert "sweep: its 3 trials are made; raise trials to go on" in capsys.readouterr().out
-    main(["sweep", "-c", "sweep.yaml", "--trials", "5"])
-    main(["sweep", "-c", "sweep.yaml", "--trials", "5", "--folder", "other"])
+    main(["sweep", "-c", "sweep.yaml", "--trials", "4"])
+    main(["sweep", "-c", "sweep.yaml", "--trials", "4", "--folder", "other"])
     same = [[{k: v for k, v in g.items() if k != "trainer.default_root_dir"} for g in trial] for trial in starts()]
-    assert len(same) == 5 and same == [
+    assert len(same) == 4 and same == [
         [{k: v for k, v in g.items() if k != "trainer.default_root_dir"} for g in trial] for trial in starts("other")
     ]
 
@@ -224,14 +225,16 @@ def test_the_space_is_read() -> None:
     varied, fixed = trials.read_space(
         {
             "model": {"learning_rate": {"low": 1e-5, "high": 1e-2, "log": True}, "schedule": "wsd"},
-            "data.batch_size": {"low": 4, "high": 16, "step": 4},
+            "data": {"max_length": {"low": 4, "high": 16, "step": 4}, "batch_size": {"choices": [1, 2]}},
+            "data.batch_size": 8,  # once more, as the command line says it
             "model.lora": {"choices": [None, {"rank": 8}]},
             "samples.prompts": [],
             "data.mixture": {},
         }
     )
-    assert fixed == {"model.schedule": "wsd", "samples.prompts": [], "data.mixture": {}}
-    rate, size, lora = (varied[key] for key in ("model.learning_rate", "data.batch_size", "model.lora"))
+    assert fixed == {"model.schedule": "wsd", "data.batch_size": 8, "samples.prompts": [], "data.mixture": {}}
+    assert varied.keys() == {"model.learning_rate", "data.max_length", "model.lora"}
+    rate, size, lora = (varied[key] for key in ("model.learning_rate", "data.max_length", "model.lora"))
     assert (rate.low, rate.high, rate.log) == (1e-5, 1e-2, True)
     assert (size.low, size.high, size.step, type(size).__name__) == (4, 16, 4, "IntDistribution")
     assert [json.loads(choice) for choice in lora.choices] == [None, {"rank": 8}]
@@ -290,7 +293,7 @@ def test_the_best_config_trains_what_its_trial_trained(tmp_path: Path) -> None:
     assert "trial-0001: val_loss" in said
 
     def losses(folder: Path) -> list[str]:
-        return [row["val_loss"] for row in csv.DictReader((folder / "metrics.csv").open()) if row["val_loss"]]
+        return [row["val_loss"] for row in csv.DictReader((folder / "metrics.csv").read_text().splitlines()) if row["val_loss"]]
 
     run("fit", "-c", "runs/sweep/best.yaml", cwd=tmp_path)
     best = min((tmp_path / f"runs/sweep/trial-000{i}" for i in range(2)), key=lambda folder: min(map(float, losses(folder))))

@@ -176,14 +176,16 @@ def watch(
 
     Returns: its exit code.
     """
-    n_seen, was_told = 0, False
+    n_seen, was_told, state = 0, False, None
     while True:
         code = process.poll()
-        values = logged(metrics, name)
-        should_stop = not was_told and is_stopped()
-        if len(values) > n_seen:
-            n_seen = len(values)
-            should_stop |= is_hopeless(values)
+        should_stop = is_stopped()
+        found = metrics.stat() if metrics.exists() else None
+        if found is not None and state != (state := (found.st_mtime_ns, found.st_size)):
+            values = logged(metrics, name)
+            if len(values) > n_seen:
+                n_seen = len(values)
+                should_stop |= is_hopeless(values)
         if code is not None:
             return code
         if should_stop and not was_told:

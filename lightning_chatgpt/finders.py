@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import BatchSizeFinder
 from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.tuner.tuning import Tuner
@@ -274,6 +275,7 @@ def _find_batch_size(trainer: ChatTrainer, module: LightningModule, data: Lightn
     on_cpu = trainer.strategy.root_device.type == "cpu"
     if isinstance(data, ServingDataModule):
         _longest_first(data)
+        trainer.callbacks.append(_RowsBound())  # type: ignore[attr-defined]
     try:
         with limited_memory() if on_cpu else nullcontext():
             # One past the bound: Lightning returns the bound without having tried it.
@@ -285,10 +287,8 @@ def _find_batch_size(trainer: ChatTrainer, module: LightningModule, data: Lightn
             "batch_size_find: there is no memory for a batch of one row; lower data.max_length or model.architecture"
         ) from None
     assert found is not None
-    size, n_rows = min(found, _LARGEST_BATCH), None
-    if isinstance(data, ServingDataModule):
-        n_rows = len(data.train_sampler(data.datasets["train"]))
-        size = min(size, 1 << (n_rows.bit_length() - 1))  # more rows than there are is no more
+    n_rows = _count_rows(data) if isinstance(data, ServingDataModule) else None
+    size = min(found, _largest_batch(n_rows))
     limit = "that fits" if size == found else f"up to {_LARGEST_BATCH}" if size == _LARGEST_BATCH else "that the training split fills"
     print(f"batch_size_find: data.batch_size {size}, the largest power of two {limit}")
     n_steps = -(-n_rows // (size * trainer.accumulate_grad_batches)) if n_rows is not None else _FEW_STEPS
@@ -298,6 +298,25 @@ def _find_batch_size(trainer: ChatTrainer, module: LightningModule, data: Lightn
             "what memory has room for need not be what learns best: raise trainer.max_epochs, or set a smaller one"
         )
     return size
+
+
+class _RowsBound(Callback):
+    """Tells Lightning's finder how many rows there are, once the data are read: it counts examples, of which packed rows hold several."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, BatchSizeFinder):
+                callback._max_val = 2 * _largest_batch(_count_rows(data))
+
+
+def _largest_batch(n_rows: int | None) -> int:
+    """The largest batch that is tried, a power of two: more rows than there are is no more."""
+    return _LARGEST_BATCH if n_rows is None else min(_LARGEST_BATCH, 1 << (n_rows.bit_length() - 1))
+
+
+def _count_rows(data: ServingDataModule) -> int:
+    return len(data.train_sampler(data.datasets["train"]))
 
 
 def _longest_first(data: ServingDataModule) -> None:

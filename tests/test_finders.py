@@ -82,11 +82,13 @@ def test_a_run_after_a_search_is_the_run_with_what_was_found(
 ) -> None:
     with pytest.warns(UserWarning, match="an epoch is 2 optimizer step") if flag == "batch_size_find" else nullcontext():
         found = fit(f"--{flag}=true", *extra, folder="runs/found")
-    said = capsys.readouterr().out
+    said, log = capsys.readouterr()
     saved = yaml.safe_load(Path("runs/found/config.yaml").read_text())
     group, name = setting.split(".")
     value = saved[group]["init_args"][name]
     assert f"{flag}: {setting} {value:g}," in said
+    if flag == "batch_size_find":
+        assert value == 16 and "trying batch size 64" not in log  # there are fewer packed rows than 32
     assert flag not in saved
     by_hand = fit(f"--{setting}={value}", *extra)
     for part in ("state_dict", "optimizer_states", "lr_schedulers", "hyper_parameters", "datamodule_hyper_parameters"):

@@ -10,7 +10,7 @@ from contextlib import nullcontext
 from lightning_chatgpt import __version__
 from lightning_chatgpt.errors import ConfigError, UserError
 from lightning_chatgpt.memory import uncollected
-from lightning_chatgpt.processes import end_with_parent
+from lightning_chatgpt.processes import PARENT, end_with_parent
 from lightning_chatgpt.versions import check_versions
 
 _TRAINER_VERBS = {
@@ -24,6 +24,7 @@ _COMMANDS = {
     "chat": "talk to a model in the terminal",
     "evaluate": "tell how good models are, and which is better",
     "explain": "see how likely each token of a reply was, and what moved it",
+    "sweep": "search for the best settings, a fit for each try",
     "export": "write a model as a plain transformers folder",
     "tokenizer": "train a tokenizer and compare it with GPT-2's",
 }
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run a verb and leave: 0 where it went well, 2 with one line on what the user can mend."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     verb = arguments[0] if arguments else "--help"
-    if os.environ.get("LOCAL_RANK", "0") != "0":
+    if os.environ.get("LOCAL_RANK", "0") != "0" or PARENT in os.environ:
         end_with_parent()
     try:
         if verb in ("-h", "--help"):

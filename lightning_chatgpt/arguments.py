@@ -20,6 +20,8 @@ class OneLineParser(ArgumentParser):
         if unknown := re.fullmatch(r"unrecognized arguments: (--[\w.-]+).*", said):
             options = [option for option in self._option_string_actions if option.startswith("--")]
             said = f"{unknown[1]} is no option; {nearest(unknown[1], options)}"
+        elif unknown := re.fullmatch(r"Option '([\w.-]+)' is not accepted", said):  # of a config file
+            said = f"{unknown[1]} is no option; {nearest(unknown[1], [option[2:] for option in self._option_string_actions])}"
         elif said.startswith(("unrecognized arguments:", "the following arguments are required:")):
             said = f"{said}; see {self.prog} --help"
         sys.stderr.write(f"error: {said}\n")

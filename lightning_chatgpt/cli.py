@@ -33,6 +33,7 @@ from lightning_chatgpt.configuration import check_keys, resolve_arguments
 from lightning_chatgpt.data.chat import ChatDataModule
 from lightning_chatgpt.errors import ConfigError, UserError
 from lightning_chatgpt.evaluation.on_test import TestMetrics
+from lightning_chatgpt.finders import FLAGS, asked_searches, search
 from lightning_chatgpt.memory import keep_freed_memory
 from lightning_chatgpt.models.build import read_checkpoint
 from lightning_chatgpt.models.causal_lm import CausalLMModule
@@ -40,7 +41,7 @@ from lightning_chatgpt.precision import ChatTrainer
 from lightning_chatgpt.quiet import quieten
 from lightning_chatgpt.run_folder import RunFolder, find_checkpoint, run_files
 
-_LEFT_BY_A_START = {"config.yaml", "run.json", "samples.jsonl"}  # which may have failed before it trained
+_LEFT_BY_A_START = {"config.yaml", "run.json", "samples.jsonl", "lr_find.png"}  # which may have failed before it trained
 _CLASSES = {"model": CausalLMModule, "data": ChatDataModule}
 
 
@@ -61,12 +62,15 @@ class ChatCLI(LightningCLI):
 
     def __init__(self, arguments: Sequence[str]) -> None:
         self.arguments, self.configs = resolve_arguments(arguments)
+        self.searches: list[str] = []
+        self.made: list[Path] = []  # files of this start, before its run
         super().__init__(
             LightningModule,
             LightningDataModule,
             subclass_mode_model=True,
             subclass_mode_data=True,
             save_config_callback=RunFolder if self.arguments[:1] == ["fit"] else None,
+            save_config_kwargs={"keep": self.made},
             trainer_class=InspectTrainer if self.arguments[:1] == ["inspect"] else ChatTrainer,
             trainer_defaults={
                 "default_root_dir": "runs/default",
@@ -104,6 +108,8 @@ class ChatCLI(LightningCLI):
         if subcommand == "fit":
             help_text = "Remove what an earlier run left in trainer.default_root_dir; --ckpt_path last goes on with it."
             parser.add_argument("--overwrite", type=bool, default=False, help=help_text)
+            for flag, about in FLAGS.items():
+                parser.add_argument(f"--{flag}", type=bool, default=False, help=about)
         if subcommand == "predict":
             parser.set_defaults({"return_predictions": False})  # they are written as they come, not kept
         return parser
@@ -134,6 +140,8 @@ class ChatCLI(LightningCLI):
         folder = Path(config["trainer"]["default_root_dir"])
         if config.get("weights_only") is False:
             raise ConfigError("weights_only false would let a checkpoint run code; checkpoints here are plain data: leave it out")
+        if self.subcommand == "fit":
+            self.searches = asked_searches(config)
         if config["ckpt_path"] is not None:
             found = find_checkpoint(config["ckpt_path"], Path(config["checkpoint"]["dirpath"] or folder / "checkpoints"))
             if found is not None and self.subcommand == "fit" and "optimizer_states" not in read_checkpoint(found):
@@ -153,6 +161,16 @@ class ChatCLI(LightningCLI):
                 f"{folder} holds an earlier run ({taken[0].name}); go on with it by --ckpt_path last, "
                 "remove it by --overwrite true, or name another trainer.default_root_dir"
             )
+
+    def instantiate_classes(self) -> None:
+        """Search first, where that was asked for; then build the run of what was found."""
+        settings = self.config[self.subcommand]
+        for flag in self.searches:
+            self.made += search(flag, settings, build=lambda: self.parser.instantiate_classes(self.config)[self.subcommand])
+            # What was drawn in a search is drawn again, and checkpoints tell of the settings as they are now.
+            self._set_seed()
+            del self.config_dump
+        super().instantiate_classes()
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add the run folder's loggers."""

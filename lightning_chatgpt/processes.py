@@ -15,9 +15,14 @@ from lightning_chatgpt.errors import UserError
 _POLL_SECONDS = 0.5
 
 
+PARENT = "LIGHTNING_CHATGPT_PARENT"  # set in the environment of a process that is to end with another, to that one's id
+
+
 def end_with_parent() -> None:
     """End this process soon after its parent is gone: nobody would tell it to, and it could wait for ever in a collective operation."""
     parent = os.getppid()
+    if os.environ.pop(PARENT, str(parent)) != str(parent):
+        os._exit(1)  # it is gone already
 
     def watch() -> None:
         while os.getppid() == parent:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Collection
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from lightning_chatgpt.checkpoints.file import read_plain, replace_file
 from lightning_chatgpt.checkpoints.folder import best_checkpoint, newest_checkpoint
 from lightning_chatgpt.data.serving import ServingDataModule
 from lightning_chatgpt.errors import ConfigError
+from lightning_chatgpt.finders import FLAGS
 from lightning_chatgpt.versions import installed_versions
 
 _RUN_FILES = (
@@ -45,15 +47,17 @@ class RunFolder(SaveConfigCallback):
     Args:
         parser: The parser of the verb.
         config: What was parsed.
+        keep: Files that this start has made already.
     """
 
-    def __init__(self, parser: LightningArgumentParser, config: Namespace) -> None:
+    def __init__(self, parser: LightningArgumentParser, config: Namespace, keep: Collection[Path] = ()) -> None:
         folder = Path(config["trainer"]["default_root_dir"])
         # With neither resuming nor overwriting asked for, these are left from a start that failed before training.
-        self.to_remove = [] if config["ckpt_path"] else run_files(folder)
+        self.to_remove = [] if config["ckpt_path"] else [path for path in run_files(folder) if path not in keep]
         config = config.clone()
-        # The saved config serves every verb, and must not remove what it made, or go on with it, when it is run again.
-        del config["overwrite"]
+        # The saved config serves every verb, and must not remove what it made, search again, or go on with it, when it is run again.
+        for flag in ("overwrite", *FLAGS):
+            del config[flag]
         config["ckpt_path"] = None
         super().__init__(parser, config, overwrite=True, save_to_log_dir=False)
 

@@ -295,6 +295,12 @@ def test_every_shipped_config_runs(name: str, tmp_path: Path, plain_gpt2: Path, 
         extra = ["--data.train", "corpus:chatterbot/english"]  # read in a moment; nothing else about them changes
     if name == "gpt2":
         extra = ["--model.pretrained", str(plain_gpt2), "--data.train", "corpus:chatterbot/english", "--data.max_length", "128"]
+    if name == "sweep":  # trains another config, in as many runs as it has trials
+        short = ["--space.trainer.max_steps=2", "--space.trainer.val_check_interval=2", "--space.trainer.limit_val_batches=1"]
+        run("sweep", "-c", "lightning_chatgpt:sweep", "--trials", "1", *short, cwd=tmp_path)
+        assert (tmp_path / "runs/sweep/trial-0000/hf/model.safetensors").is_file()
+        assert yaml.safe_load((tmp_path / "runs/sweep/best.yaml").read_text())["trainer"]["default_root_dir"] == "runs/sweep/best"
+        return
     run("fit", "-c", f"lightning_chatgpt:{name}", *SHORT, *extra, cwd=tmp_path)
     assert (tmp_path / f"runs/{name}/hf/model.safetensors").is_file()
     if name == "pretrain":
@@ -351,11 +357,11 @@ def test_a_strategy_that_cannot_be_says_so_in_one_line(
 
 
 def test_help_of_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
-    for verb in ("fit", "validate", "test", "predict", "chat", "export", "tokenizer"):
+    for verb in ("fit", "validate", "test", "predict", "chat", "export", "sweep", "tokenizer"):
         with pytest.raises(SystemExit) as left:
             main([verb, "--help"])
         assert left.value.code == 0
         assert "--" in capsys.readouterr().out
     main(["--help"])
     overview = capsys.readouterr().out
-    assert all(f"  {verb} " in overview for verb in ("fit", "validate", "test", "predict", "chat", "export", "tokenizer"))
+    assert all(f"  {verb} " in overview for verb in ("fit", "validate", "test", "predict", "chat", "export", "sweep", "tokenizer"))

@@ -19,11 +19,11 @@ def run_command(verb: str, arguments: Sequence[str]) -> None:
     from jsonargparse import auto_cli
 
     from lightning_chatgpt.arguments import OneLineParser
+    from lightning_chatgpt.configuration import resolve_arguments
 
     function = getattr(import_module(f"{__name__}.{verb}"), verb)
-    auto_cli(
-        function, args=as_parsed(function, arguments), as_positional=True, prog=f"lightning-chatgpt {verb}", parser_class=OneLineParser
-    )
+    given = as_parsed(function, resolve_arguments(arguments)[0])
+    auto_cli(function, args=given, as_positional=True, prog=f"lightning-chatgpt {verb}", parser_class=OneLineParser)
 
 
 def as_parsed(function: Callable[..., Any], arguments: Sequence[str]) -> list[str]:
@@ -51,7 +51,7 @@ def as_parsed(function: Callable[..., Any], arguments: Sequence[str]) -> list[st
         elif "=" in argument or argument in ("-h", "--help") or not rest:
             options.append(argument)
         else:
-            options += [argument, rest.pop(0)]
+            options += ["--config" if argument == "-c" else argument, rest.pop(0)]
     if takes_list and names and not names[0].startswith("["):
         names = [json.dumps(names)]
     return [*names, *options]

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lightning_chatgpt.chat.faults import KINDS
-from lightning_chatgpt.pages.plots import COLOURS, LIMIT_COLOUR, Plot, bars, check_matplotlib, plot
+from lightning_chatgpt.pages.plots import COLOURS, LIMIT_COLOUR, Plot, bars, plot
 from lightning_chatgpt.pages.render import TokenText, percent, render, show, token_text
+from lightning_chatgpt.plots import check_matplotlib
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -67,7 +68,7 @@ def render_page(report: Mapping[str, Any]) -> str:
     Raises:
         ConfigError: matplotlib is not installed.
     """
-    check_matplotlib()
+    check_matplotlib("the report's page")
     parts: Mapping[str, Mapping[str, Any]] = report["parts"]
     settings = report.get("settings") or {}
     sources = report.get("sources") or {}

@@ -14,8 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup, escape
 
-from lightning_chatgpt.errors import ConfigError
-
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -34,20 +32,6 @@ class Plot:
     title: str
     note: str
     svg: Markup
-
-
-def check_matplotlib() -> None:
-    """Make sure that plots can be drawn.
-
-    Raises:
-        ConfigError: matplotlib is not installed.
-    """
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError as error:
-        raise ConfigError(
-            f"the report's page needs matplotlib for its plots, which cannot be imported ({error}): pip install 'lightning-chatgpt[report]'"
-        ) from None
 
 
 def bars(

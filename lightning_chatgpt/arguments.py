@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from jsonargparse import ArgumentParser
@@ -26,6 +27,17 @@ class OneLineParser(ArgumentParser):
             said = f"{said}; see {self.prog} --help"
         sys.stderr.write(f"error: {said}\n")
         self.exit(2)
+
+
+def fill_switches(arguments: Sequence[str], switches: Collection[str]) -> list[str]:
+    """A command line on which ``--switch`` alone is ``--switch=true``, as people write it.
+
+    Args:
+        arguments: The command line.
+        switches: The options that take true or false.
+    """
+    following = [*arguments[1:], ""]
+    return [f"{a}=true" if a in switches and b not in ("true", "false") else a for a, b in zip(arguments, following, strict=True)]
 
 
 def one_line(message: str) -> str:

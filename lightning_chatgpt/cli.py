@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins import CheckpointIO
 from lightning_utilities.core.rank_zero import rank_zero_only, rank_zero_warn
 
-from lightning_chatgpt.arguments import OneLineParser, union_reason
+from lightning_chatgpt.arguments import OneLineParser, fill_switches, union_reason
 from lightning_chatgpt.callbacks.checkpoint import RunCheckpoint
 from lightning_chatgpt.callbacks.export import HuggingFaceExport
 from lightning_chatgpt.callbacks.nonfinite import NonFiniteGuard
@@ -61,7 +61,7 @@ class ChatCLI(LightningCLI):
     """
 
     def __init__(self, arguments: Sequence[str]) -> None:
-        self.arguments, self.configs = resolve_arguments(arguments)
+        self.arguments, self.configs = resolve_arguments(fill_switches(arguments, {f"--{name}" for name in ("overwrite", *FLAGS)}))
         self.searches: list[str] = []
         self.made: list[Path] = []  # files of this start, before its run
         super().__init__(

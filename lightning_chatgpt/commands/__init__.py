@@ -36,18 +36,18 @@ def as_parsed(function: Callable[..., Any], arguments: Sequence[str]) -> list[st
         function: What is called with it, annotated by text.
         arguments: The command line after the verb.
     """
+    from lightning_chatgpt.arguments import fill_switches
+
     parameters = signature(function).parameters
     switches = {f"--{name}" for name, parameter in parameters.items() if parameter.annotation == "bool"}
     takes_list = next(iter(parameters.values())).annotation == "list[str]"
     options: list[str] = []
     names: list[str] = []
-    rest = list(arguments)
+    rest = fill_switches(arguments, switches)
     while rest:
         argument = rest.pop(0)
         if not argument.startswith("-"):
             names.append(argument)
-        elif argument in switches and rest[:1] not in (["true"], ["false"]):
-            options.append(f"{argument}=true")
         elif "=" in argument or argument in ("-h", "--help") or not rest:
             options.append(argument)
         else:

@@ -66,16 +66,8 @@ def evaluate(
         seed: Decides, with rater and prompt, whose reply is shown left.
     """
     if blind or prompts is not None:
-        others = {
-            "data": data,
-            "text": text,
-            "limit": limit,
-            "stride": stride,
-            "bertscore": bertscore,
-            "fairness": fairness,
-            "harness": harness,
-        }
-        given = [name for name, value in others.items() if value is not None]
+        others = {"data": data, "text": text, "limit": limit, "stride": stride, "bertscore": bertscore, "fairness": fairness}
+        given = [name for name, value in {**others, "harness": harness}.items() if value is not None]
         if not blind or prompts is None:
             raise ConfigError("blind and prompts belong together: evaluate --blind A B --prompts FILE")
         if given:
@@ -110,10 +102,10 @@ def evaluate(
     from lightning_chatgpt.evaluation.items import held_out_items, read_items
     from lightning_chatgpt.evaluation.records import Measuring, measuring_trainer
     from lightning_chatgpt.evaluation.report_page import render_page
-    from lightning_chatgpt.pages.plots import check_matplotlib
+    from lightning_chatgpt.plots import check_matplotlib
     from lightning_chatgpt.quiet import quieten
 
-    check_matplotlib()
+    check_matplotlib("the report's page", extra="evaluate")
     quieten()
     looked_at = FairnessSettings.of(fairness) if fairness is not None else None
     if looked_at is not None and (text is not None or not max_new_tokens):

@@ -357,11 +357,14 @@ def test_a_strategy_that_cannot_be_says_so_in_one_line(
 
 
 def test_help_of_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
-    for verb in ("fit", "validate", "test", "predict", "chat", "export", "sweep", "tokenizer"):
+    for verb in ("fit", "validate", "test", "predict", "chat", "evaluate", "explain", "sweep", "export", "tokenizer"):
         with pytest.raises(SystemExit) as left:
             main([verb, "--help"])
         assert left.value.code == 0
         assert "--" in capsys.readouterr().out
     main(["--help"])
     overview = capsys.readouterr().out
-    assert all(f"  {verb} " in overview for verb in ("fit", "validate", "test", "predict", "chat", "export", "sweep", "tokenizer"))
+    assert all(
+        f"  {verb} " in overview
+        for verb in ("fit", "validate", "test", "predict", "chat", "evaluate", "explain", "sweep", "export", "tokenizer")
+    )

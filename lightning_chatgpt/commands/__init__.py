@@ -21,9 +21,13 @@ def run_command(verb: str, arguments: Sequence[str]) -> None:
     from lightning_chatgpt.arguments import OneLineParser
     from lightning_chatgpt.configuration import resolve_arguments
 
+    class Parser(OneLineParser):
+        def format_help(self, formatter: Any = None) -> str:
+            return super().format_help(formatter).replace("[ITEM,...]", "NAME [NAME ...]")  # as as_parsed takes a list
+
     function = getattr(import_module(f"{__name__}.{verb}"), verb)
     given = as_parsed(function, resolve_arguments(arguments)[0])
-    auto_cli(function, args=given, as_positional=True, prog=f"lightning-chatgpt {verb}", parser_class=OneLineParser)
+    auto_cli(function, args=given, as_positional=True, prog=f"lightning-chatgpt {verb}", parser_class=Parser)
 
 
 def as_parsed(function: Callable[..., Any], arguments: Sequence[str]) -> list[str]:

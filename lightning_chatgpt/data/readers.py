@@ -35,7 +35,7 @@ SUFFIXES: tuple[str, ...] = (*_TEXTS, *_TABLES)
 _SKIP = "or set data.on_fault to skip"
 _DEEPEST = 1000  # libyaml's nodes are built by recursion in C, which ends the process where they are too deep
 _NAME_LENGTH = 30
-_SPOKEN = re.compile(r"\s*([^:]+?)\s*:(?:\s+(.*))?")  # "http://" and "10:30" name nobody
+SPOKEN = re.compile(r"\s*([^:]+?)\s*:(?:\s+(.*))?")  # "http://" and "10:30" name nobody
 _RETURN = re.compile(rb"(?<=\r)(?=[^\n])")  # a line of an old Macintosh ends here
 
 
@@ -513,7 +513,7 @@ def _chat(lines: list[str], *, start: int, faults: Faults) -> list[dict[str, str
     for line in lines[start:]:
         if not line.strip():
             break
-        spoken = _SPOKEN.fullmatch(line)
+        spoken = SPOKEN.fullmatch(line)
         if spoken and _is_name(spoken[1]):
             messages.append({"role": spoken[1], "content": (spoken[2] or "").strip()})
         elif messages:

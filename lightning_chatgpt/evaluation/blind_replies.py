@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from lightning_chatgpt.chat.conversation import Conversation
+from lightning_chatgpt.chat.conversation import Conversation, Message
+from lightning_chatgpt.chat.faults import Faults
+from lightning_chatgpt.data.readers import SPOKEN, read_text
 from lightning_chatgpt.errors import ConfigError, DataError
 from lightning_chatgpt.evaluation.items import read_items
 from lightning_chatgpt.evaluation.records import Item, Measuring, measure, measuring_trainer, network_digest
@@ -16,9 +18,18 @@ from lightning_chatgpt.models.build import load_model
 def read_prompts(source: str) -> list[Item]:
     """The conversations of a source; what the assistant says last in one is asked anew.
 
+    A text file whose first line names no speaker holds a prompt a line.
+
     Raises:
         DataError: There is no such source, nothing in it, or two conversations have one id.
     """
+    path = Path(source).expanduser()
+    lines = (
+        [line.strip() for line in read_text(path, faults=Faults("error")).splitlines()] if path.suffix == ".txt" and path.is_file() else []
+    )
+    prompts = [(number, line) for number, line in enumerate(lines, start=1) if line]
+    if prompts and not SPOKEN.fullmatch(prompts[0][1]):
+        return [Item(Conversation((Message("user", line),)), f"{path.name}:{number}", source) for number, line in prompts]
     items = read_items(source)
     ids = set()
     for item in items:

@@ -65,7 +65,7 @@ def run_harness(
     if limit is not None and limit < 1:
         raise ConfigError(f"limit must be at least 1, not {limit}; leave it out for all records")
     if task in LOCAL_TASKS and data is None:
-        raise ConfigError(f"harness task {task} needs a file of its own; name it with data")
+        raise ConfigError(f"harness task {task} needs a file of its own; name it with data (on the command line --harness_data)")
     if task not in LOCAL_TASKS and data is not None:
         near = difflib.get_close_matches(task, LOCAL_TASKS, n=1)
         hint = f"did you mean {near[0]}?" if near else "leave it out, as other tasks say themselves what they read"

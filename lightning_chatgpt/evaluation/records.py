@@ -158,10 +158,10 @@ class Measurer:
         if isinstance(item.content, Conversation):
             return text_of_chat(self._encoder, item.content)
         (ids,) = self._texts.encode([item.content])
-        end = self.tokenizer.eos_token_id
-        if end is None:
-            raise ConfigError("the model's tokenizer has no end-of-text token, after which a document begins; evaluate it on chats")
-        return Text([end, *ids], [MARKERS, *[0] * len(ids)])
+        before = self.tokenizer.bos_token_id if self.tokenizer.bos_token_id is not None else self.tokenizer.eos_token_id
+        if before is None:
+            raise ConfigError("the tokenizer has no token for a document to begin after (bos_token or eos_token); evaluate on chats")
+        return Text([before, *ids], [MARKERS, *[0] * len(ids)])
 
 
 def measuring_trainer(folder: Path, *, accelerator: str = "auto", devices: int = 1) -> ChatTrainer:

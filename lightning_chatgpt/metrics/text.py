@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -198,12 +199,17 @@ class BertScore(ReplyMetric, Ratio):
 
     Args:
         folder: A local transformers folder with an encoder and its tokenizer; nothing is downloaded.
+
+    Raises:
+        ConfigError: It is not there.
     """
 
     higher_is_better = True
 
     def __init__(self, folder: str) -> None:
         super().__init__()
+        if not (Path(folder) / "config.json").is_file():
+            raise ConfigError(f"bertscore {folder}: no such folder, or no config.json in it; name a transformers folder with an encoder")
         self.folder = folder
 
     def rows(self, replies: Sequence[str], references: Sequence[str]) -> Tensor:

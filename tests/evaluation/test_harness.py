@@ -19,7 +19,8 @@ from lightning_chatgpt.chat.tokenizer import tokenizer_state
 from lightning_chatgpt.errors import ConfigError, DataError, ModelError, UserError
 from lightning_chatgpt.evaluation import harness_data
 from lightning_chatgpt.evaluation.harness import harness_folder, run_harness
-from lightning_chatgpt.models.build import CHECKPOINT_KEY, network_from_scratch
+from lightning_chatgpt.evaluation.records import Item, Measurer, Measuring
+from lightning_chatgpt.models.build import CHECKPOINT_KEY, load_model, network_from_scratch
 from lightning_chatgpt.models.export import export_folder
 from tests.conftest import chat
 
@@ -220,6 +221,10 @@ class TestLmEval:
         assert found["bits_per_byte"] == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-6)
         assert found["byte_perplexity"] == pytest.approx(math.exp(nats / n_bytes), rel=1e-6)
         assert found["word_perplexity"] == pytest.approx(math.exp(nats / sum(len(text.split()) for text in texts)), rel=1e-5)
+        ours = Measurer(load_model(folder), Measuring(batch_size=2, max_new_tokens=0, stride=POSITIONS))
+        scores = [record["scores"][0] for record in ours.records([Item(text, "", "") for text in texts])]
+        assert sum(score["bytes"] for score in scores) == n_bytes
+        assert sum(score["nll"] for score in scores) / math.log(2) / n_bytes == pytest.approx(found["bits_per_byte"], rel=1e-6)
         side_by_side = -sum(loop.document(text, slide=False) for text in texts)
         assert abs(side_by_side / nats - 1) > 1e-4  # the windows matter here
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU, CHRF
 
 from lightning_chatgpt.data.sources import read_conversations
+from lightning_chatgpt.errors import ConfigError
 from lightning_chatgpt.metrics.text import (
+    BertScore,
     Bleu,
     Chrf,
     Distinct,
@@ -134,3 +137,21 @@ def test_nothing_to_score() -> None:
     metric.update([], [])
     assert metric.resampled([], []).n == 0
     assert torch.isnan(torch.tensor(LoopRate().resampled([]).value))
+
+
+def test_bertscore_is_torchmetrics_s_with_an_encoder_of_a_folder(tmp_path: Path) -> None:
+    from torchmetrics.functional.text import bert_score
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    torch.manual_seed(0)
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "yes", "no", "maybe", "not"]))
+    BertTokenizerFast(vocab_file=str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 9}
+    BertModel(BertConfig(**sizes)).save_pretrained(tmp_path)
+    replies, references = ["yes yes", "no", "maybe not"], ["yes yes", "maybe", "not"]
+    found = BertScore(str(tmp_path)).resampled(replies, references)
+    expected = bert_score(replies, references, model_name_or_path=str(tmp_path))["f1"]
+    assert found.value == pytest.approx(float(expected.mean()), rel=1e-6)
+    assert BertScore(str(tmp_path)).rows(replies[:1], references[:1])[0, 0] == pytest.approx(1.0)
+    with pytest.raises(ConfigError, match=r"bertscore .*none: no such folder, or no config.json in it"):
+        BertScore(str(tmp_path / "none"))

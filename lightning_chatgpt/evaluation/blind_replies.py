@@ -24,10 +24,8 @@ def read_prompts(source: str) -> list[Item]:
         DataError: There is no such source, nothing in it, or two conversations have one id.
     """
     path = Path(source).expanduser()
-    lines = (
-        [line.strip() for line in read_text(path, faults=Faults("error")).splitlines()] if path.suffix == ".txt" and path.is_file() else []
-    )
-    prompts = [(number, line) for number, line in enumerate(lines, start=1) if line]
+    text = read_text(path, faults=Faults("error")) if path.suffix == ".txt" and path.is_file() else ""
+    prompts = [(number, line.strip()) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
     if prompts and not SPOKEN.fullmatch(prompts[0][1]):
         return [Item(Conversation((Message("user", line),)), f"{path.name}:{number}", source) for number, line in prompts]
     items = read_items(source)

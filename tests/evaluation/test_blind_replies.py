@@ -91,6 +91,18 @@ def test_prompts_need_no_reply(write_chats: Callable[..., Path]) -> None:
     assert (first.id, second.id) == ("chats.jsonl:1", "chats.jsonl:2")
 
 
+def test_a_text_file_holds_a_prompt_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_text("Hello there\n\n What is 2: 1?\n")
+    assert [(item.id, item.content.messages[0].content) for item in read_prompts(str(path))] == [
+        ("prompts.txt:1", "Hello there"),
+        ("prompts.txt:3", "What is 2: 1?"),
+    ]
+    path.write_text("User: Hello\nAssistant: Hi\n")
+    (item,) = read_prompts(str(path))
+    assert [message.role for message in item.content.messages] == ["user", "assistant"]
+
+
 def test_prompts_that_cannot_be_told_apart_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_text("".join(json.dumps({"id": "x", "messages": [{"role": "user", "content": text}]}) + "\n" for text in "ab"))

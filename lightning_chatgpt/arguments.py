@@ -36,8 +36,9 @@ def fill_switches(arguments: Sequence[str], switches: Collection[str]) -> list[s
         arguments: The command line.
         switches: The options that take true or false.
     """
-    following = [*arguments[1:], ""]
-    return [f"{a}=true" if a in switches and b not in ("true", "false") else a for a, b in zip(arguments, following, strict=True)]
+    following = [*arguments, ""][1:]
+    values = ("true", "false", "yes", "no")
+    return [f"{a}=true" if a in switches and b.lower() not in values else a for a, b in zip(arguments, following, strict=True)]
 
 
 def one_line(message: str) -> str:

@@ -119,7 +119,10 @@ def search(flag: str, settings: Namespace, *, build: Callable[[], Any]) -> list[
     group, name = _FOUND[flag]
     folder = Path(settings["trainer"]["default_root_dir"])
     is_new = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"trainer.default_root_dir {folder}: cannot be made ({error.strerror or error}); name another") from None
     files: list[Path] = []
     try:
         # Beside the run's own: it holds a checkpoint, for which a folder for temporary files may have no room.
@@ -223,6 +226,11 @@ def _find_rate(trainer: ChatTrainer, module: LightningModule, data: LightningDat
             num_training=_STEPS,
             early_stop_threshold=None,
             update_attr=False,
+        )
+    if not losses:
+        raise ConfigError(
+            f"lr_find: an epoch has fewer batches than trainer.accumulate_grad_batches {trainer.accumulate_grad_batches}, so no step is whole; "
+            "lower it, or data.batch_size"
         )
     assert found is not None and len(found.results["lr"]) == len(losses)
     rates, values = np.array(found.results["lr"]), np.array(losses)

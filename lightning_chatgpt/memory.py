@@ -53,7 +53,9 @@ def available_memory() -> int:
     left = [int(found[1]) * 1024]
     for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
         try:
-            left.append(int((_CGROUP / limit).read_text()) - int((_CGROUP / used).read_text()))
+            told = (_CGROUP / used).with_name("memory.stat").read_text(encoding="ascii")
+            cached = re.search(r"^(?:total_)?inactive_file (\d+)", told, re.MULTILINE)  # is given up where it is needed
+            left.append(int((_CGROUP / limit).read_text()) - int((_CGROUP / used).read_text()) + int(cached[1] if cached else 0))
         except (OSError, ValueError):  # no such control group, or "max"
             continue
     return max(0, min(left))

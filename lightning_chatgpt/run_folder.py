@@ -35,6 +35,7 @@ _RUN_FILES = (
     "hf",
     "tensorboard",
     "plots",
+    ".search-*",
 )
 
 

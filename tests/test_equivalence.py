@@ -123,7 +123,7 @@ def train(project: Path, kind: str, layout: str) -> list[Step]:
     return found
 
 
-@pytest.fixture(scope="module", params=list(DATA))
+@pytest.fixture(scope="module", params=[pytest.param(name, marks=pytest.mark.faults if name == "grouped" else ()) for name in DATA])
 def runs(request: pytest.FixtureRequest, project: Path) -> dict[str, list[Step]]:
     """The same 20 steps in every lay-out."""
     return {layout: train(project, request.param, layout) for layout in LAYOUTS}

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import json
-import shlex
-import sys
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from lightning_chatgpt import __version__
+from lightning_chatgpt.chat.faults import OnFault
 from lightning_chatgpt.errors import ConfigError
-from lightning_chatgpt.versions import installed_versions
+from lightning_chatgpt.versions import installed_versions, report_head
 
 
 def evaluate(
     models: list[str],
-    data: str | None = None,
-    text: str | None = None,
+    data: str | dict[str, Any] | list[str | dict[str, Any]] | None = None,
+    text: str | dict[str, Any] | list[str | dict[str, Any]] | None = None,
+    on_fault: OnFault = "error",
     output: str = "evaluation",
     limit: int | None = None,
     batch_size: int = 16,
@@ -45,6 +43,7 @@ def evaluate(
         data: Conversations to evaluate on, as data.train takes them; null takes what the first run folder held out (test, or else
             validation).
         text: Plain text to evaluate on in place of conversations: how likely it is, without replies.
+        on_fault: What is done about a record of them that cannot be used: error, skip or fix.
         output: The folder that is written to.
         limit: Takes that many at the most, from the beginning.
         batch_size: Items at once, in each process.
@@ -60,14 +59,28 @@ def evaluate(
         accelerator: Where to compute: auto, cpu, gpu, mps.
         devices: Processes that share the work.
         blind: Lets a person judge two models' replies on a page of this machine instead, without names (docs/blind.md).
-        prompts: What both are asked, with blind: conversations, as data.train takes them.
+        prompts: What both are asked, with blind: a text file with a prompt a line, or conversations as data.train takes them.
         rater: Who judges, with blind.
         port: Of that page; 0 for one that is free.
         seed: Decides, with rater and prompt, whose reply is shown left.
     """
+    if data is not None and text is not None:
+        raise ConfigError("data and text exclude each other; evaluate on one, then on the other, each with an output of its own")
+    least = {"limit": (limit, 1), "batch_size": (batch_size, 1), "max_new_tokens": (max_new_tokens, 0), "devices": (devices, 1)}
+    for name, (value, lowest) in least.items():
+        if value is not None and value < lowest:
+            raise ConfigError(f"{name} must be at least {lowest}, not {value}")
     if blind or prompts is not None:
-        others = {"data": data, "text": text, "limit": limit, "stride": stride, "bertscore": bertscore, "fairness": fairness}
-        given = [name for name, value in {**others, "harness": harness}.items() if value is not None]
+        others: dict[str, Any] = {
+            "data": data,
+            "text": text,
+            "limit": limit,
+            "stride": stride,
+            "bertscore": bertscore,
+            "fairness": fairness,
+        }
+        others |= {"fairness": fairness, "harness": harness, "harness_data": harness_data, "devices": devices if devices > 1 else None}
+        given = [name for name, value in others.items() if value is not None]
         if not blind or prompts is None:
             raise ConfigError("blind and prompts belong together: evaluate --blind A B --prompts FILE")
         if given:
@@ -85,67 +98,59 @@ def evaluate(
             seed=seed,
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
+            accelerator=accelerator,
         )
         return
-    if data is not None and text is not None:
-        raise ConfigError("data and text exclude each other; evaluate on one, then on the other, each with an output of its own")
-    for name, value, least in (
-        ("limit", limit, 1),
-        ("batch_size", batch_size, 1),
-        ("max_new_tokens", max_new_tokens, 0),
-        ("devices", devices, 1),
-    ):
-        if value is not None and value < least:
-            raise ConfigError(f"{name} must be at least {least}, not {value}")
-    from lightning_chatgpt.evaluation.evaluate import evaluate_models, harness_results
+    if (rater, port, seed) != ("me", 0, 0):
+        raise ConfigError("rater, port and seed are of a blind comparison; leave them out, or add --blind and --prompts FILE")
+    if harness is None and harness_data is not None:
+        raise ConfigError("harness_data is what a harness task reads; set harness to one, such as local_perplexity, or leave it out")
+    if text is not None or not max_new_tokens:
+        for name, setting in (("fairness", fairness), ("bertscore", bertscore)):
+            if setting is not None:
+                raise ConfigError(f"{name} is of replies in chats; leave out text, and let max_new_tokens be at least 1, or leave it out")
+    from lightning_chatgpt.checkpoints.file import replace_file
+    from lightning_chatgpt.evaluation.evaluate import check_extras, evaluate_models, harness_results
     from lightning_chatgpt.evaluation.fairness import FairnessSettings
+    from lightning_chatgpt.evaluation.figures import finite
     from lightning_chatgpt.evaluation.items import held_out_items, read_items
     from lightning_chatgpt.evaluation.records import Measuring, measuring_trainer
     from lightning_chatgpt.evaluation.report_page import render_page
-    from lightning_chatgpt.plots import check_matplotlib
     from lightning_chatgpt.quiet import quieten
 
-    check_matplotlib("the report's page", extra="evaluate")
     quieten()
+    # What is wrong is told before anything is measured.
     looked_at = FairnessSettings.of(fairness) if fairness is not None else None
-    if looked_at is not None and (text is not None or not max_new_tokens):
-        raise ConfigError("fairness is of replies in chats; leave out text, and let max_new_tokens be at least 1")
-    if harness is None and harness_data is not None:
-        raise ConfigError("harness_data is what a harness task reads; set harness to one, such as local_perplexity, or leave it out")
-    if data is not None or text is not None:
-        source = data if data is not None else text
-        assert source is not None
-        items, what = read_items(source, is_text=text is not None), source
+    measuring = Measuring(batch_size=batch_size, max_new_tokens=0 if text is not None else max_new_tokens, stride=stride)
+    check_extras(replies=measuring.max_new_tokens > 0, bertscore=bertscore, fairness=looked_at)
+    folder = Path(output)
+    try:
+        (folder / "records").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"output {output}: no such folder can be made ({error.strerror or error}); name another") from None
+    source = data if data is not None else text
+    if source is not None:
+        items, what = read_items(source, is_text=text is not None, on_fault=on_fault), str(source)
     else:
         items, what = held_out_items(models)
     items = items[:limit]
-    folder = Path(output)
     trainer = measuring_trainer(folder / "records", accelerator=accelerator, devices=devices)
-    measuring = Measuring(batch_size=batch_size, max_new_tokens=0 if text is not None else max_new_tokens, stride=stride)
+    report: dict[str, Any] = report_head()
+    if harness is not None and trainer.is_global_zero:
+        own = harness_data or (source if harness.startswith("local_") else None)
+        if own is not None and not isinstance(own, str):
+            raise ConfigError(f"harness task {harness} reads one source, not {own!r}; name it with --harness_data")
+        device = {"cpu": "cpu", "mps": "mps"}.get(accelerator)
+        report["harness"] = harness_results(models, task=harness, data=own, batch_size=batch_size, limit=limit, device=device)
     found = evaluate_models(models, items, trainer=trainer, measuring=measuring, bertscore=bertscore, fairness=looked_at)
     if not trainer.is_global_zero:
         return
-    report: dict[str, Any] = {
-        "version": __version__,
-        "command": shlex.join(["python", "-m", "lightning_chatgpt", *sys.argv[1:]]),
-        "date": datetime.now().strftime("%Y-%m-%d %H:%M"),
-        **found,
-        "versions": installed_versions(),
-    }
+    report |= {**found, "versions": installed_versions()}
     report["data"]["what"] = what
-    if harness is not None:
-        is_local = harness.startswith("local_")
-        report["harness"] = harness_results(
-            models,
-            task=harness,
-            data=harness_data or (text or data if is_local else None),
-            batch_size=batch_size,
-            limit=limit,
-            device="cpu" if accelerator == "cpu" else None,
-        )
+    report = finite(report)
     print_report(report)
-    (folder / "report.json").write_text(json.dumps(report, ensure_ascii=False, indent=1), encoding="utf-8")
-    (folder / "report.html").write_text(render_page(report), encoding="utf-8")
+    replace_file(folder / "report.json", [json.dumps(report, ensure_ascii=False, indent=1, allow_nan=False)])
+    replace_file(folder / "report.html", [render_page(report)])
     print(f"report written to {folder / 'report.html'} and {folder / 'report.json'}")
 
 
@@ -154,15 +159,13 @@ def print_report(report: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from lightning_chatgpt.evaluation.evaluate import verdicts
+    from lightning_chatgpt.evaluation.evaluate import main_figures, verdicts
 
     table = Table(title=f"{report['data']['items']:,} items of {report['data']['what']}; [95 % interval]", title_justify="left")
     for column in ("", *(model["name"] for model in report["models"])):
         table.add_column(column, overflow="fold")
-    whole = report["figures"][0]["part"] if report["figures"] else ""
-    for figure in report["figures"]:
-        if figure["part"] in (whole, "replies"):
-            table.add_row(figure["title"], *(shown_estimate(found) for found in figure["models"]))
+    for figure in main_figures(report):
+        table.add_row(figure["title"], *(shown_estimate(found) for found in figure["models"]))
     console = Console(highlight=False)
     console.print(table)
     for found in report.get("harness", ()):
@@ -170,7 +173,7 @@ def print_report(report: dict[str, Any]) -> None:
             values = ", ".join(f"{name} {metric['value']:.4g}" for name, metric in result["metrics"].items())
             console.print(f"{found['model']} in lm-eval {found['lm_eval']}, {task} (n = {result['n']}): {values}", soft_wrap=True)
     for told in verdicts(report):
-        for verdict in ("better", "worse", "no difference shown"):
+        for verdict in ("better", "worse", "no difference shown", "too few to tell"):
             if told.get(verdict):
                 console.print(f"{told['model']} against {told['against']}, {verdict}: {', '.join(told[verdict])}", soft_wrap=True)
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json as json_format
-import shlex
 import sys
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from lightning_chatgpt import __version__
 from lightning_chatgpt.chat.conversation import Conversation, Message
 from lightning_chatgpt.errors import ConfigError
+from lightning_chatgpt.versions import report_head
 
 _MAX_NEW_TOKENS = 64
 _N_SHOWN = 3
@@ -64,9 +62,7 @@ def explain(
         show_progress=True,
     )
     report = {
-        "version": __version__,
-        "command": shlex.join(["python", "-m", "lightning_chatgpt", *sys.argv[1:]]),
-        "date": datetime.now().strftime("%Y-%m-%d %H:%M"),
+        **report_head(),
         "model": model,
         "is_own_reply": reply is None,
         **explanation.to_dict(),

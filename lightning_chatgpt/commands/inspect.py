@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json as json_format
-import shlex
 import sys
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningDataModule, LightningModule
 
-from lightning_chatgpt import __version__
 from lightning_chatgpt.chat.faults import KINDS
 from lightning_chatgpt.data.chat import ChatDataModule
 from lightning_chatgpt.data.report import describe
 from lightning_chatgpt.errors import ConfigError
 from lightning_chatgpt.precision import ChatTrainer
+from lightning_chatgpt.versions import report_head
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -61,9 +59,7 @@ class InspectTrainer(ChatTrainer):
         datamodule.is_strict = False  # what would stop a run is what this is to show
         datamodule.setup("fit")
         report = {
-            "version": __version__,
-            "command": shlex.join(["python", "-m", "lightning_chatgpt", *sys.argv[1:]]),
-            "date": datetime.now().strftime("%Y-%m-%d %H:%M"),
+            **report_head(),
             **describe(datamodule, n_examples=examples, max_truncated=max_truncated),
         }
         if json == "-":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
@@ -67,7 +68,10 @@ def sweep(
         raise ConfigError(f"{folder} holds trials, but no study.db that tells what they are; name another folder")
     if is_new:
         _check_first(wanted)
-    place.mkdir(parents=True, exist_ok=True)
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"folder {folder}: cannot be made ({error.strerror or error}); name another") from None
     try:
         with FileLock(place / ".lock", timeout=0):
             _run(wanted, trials=trials, pruner=pruner, seed=seed)
@@ -192,7 +196,7 @@ def _run_trial(study: Any, trial: Any, wanted: Sweep, signals: _Signals) -> Any:
     with output.open("a", encoding="utf-8") as said:
         process = start(fit_command(wanted.configs, {**settings, "trainer.default_root_dir": str(folder)}, *goes_on), said)
         code = watch(process, metrics, wanted.monitor, is_hopeless=judge, is_stopped=lambda: signals.received is not None)
-    values = logged(metrics, wanted.monitor)
+    values = [value for value in logged(metrics, wanted.monitor) if math.isfinite(value)]
     about = (
         f"{time.monotonic() - begin:.0f} s; {', '.join(f'{key} {shown(value)}' for key, value in settings.items() if key in trial.params)}"
     )
@@ -211,7 +215,7 @@ def _run_trial(study: Any, trial: Any, wanted: Sweep, signals: _Signals) -> Any:
     error = (
         last_error(output, code)
         if code
-        else f"it logged no {wanted.monitor}, which is what tells the best; set monitor, or data.validation"
+        else f"it logged no {wanted.monitor} that is finite, which is what tells the best; set monitor, or data.validation"
     )
     trial.set_user_attr("error", error)
     study.tell(trial, state=TrialState.FAIL)
@@ -231,7 +235,10 @@ def _write_best(study: Any, wanted: Sweep) -> None:
     if not done:
         return
     best = study.best_trial
-    config = yaml.safe_load((wanted.run_folder(best.number) / "config.yaml").read_text(encoding="utf-8"))
+    made = wanted.run_folder(best.number) / "config.yaml"
+    if not made.is_file():
+        raise ConfigError(f"{made}: the best trial's config is gone; put its folder back, or sweep into another folder")
+    config = yaml.safe_load(made.read_text(encoding="utf-8"))
     config["trainer"]["default_root_dir"] = str(wanted.folder / "best")
     head = f"# The best of {len(study.trials)} trials in {wanted.folder}: {wanted.monitor} {best.value:.4f} in trial-{best.number:04}.\n"
     path = wanted.folder / "best.yaml"

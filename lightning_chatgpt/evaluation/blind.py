@@ -31,6 +31,7 @@ def run_blind(
     seed: int,
     max_new_tokens: int,
     batch_size: int,
+    accelerator: str = "auto",
 ) -> dict[str, Any]:
     """Let a person compare two models on a page, until everything is judged or Ctrl-C; the same call goes on where it was left.
 
@@ -45,6 +46,7 @@ def run_blind(
         seed: Decides, with rater and prompt, whose reply is shown left.
         max_new_tokens: Tokens a reply may have.
         batch_size: Prompts that are answered at once.
+        accelerator: Where they are answered: auto, cpu, gpu, mps.
 
     Returns: what ``result.json`` holds: the figures of :func:`~lightning_chatgpt.evaluation.votes.summarise` and what they are of.
 
@@ -64,7 +66,8 @@ def run_blind(
     items = read_prompts(prompts)
     with _alone_in(output), bind(port) as listening:
         records = output / "records"
-        pairs, digests = answer(items, models=models, folder=records, max_new_tokens=max_new_tokens, batch_size=batch_size)
+        settings = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+        pairs, digests = answer(items, models=models, folder=records, accelerator=accelerator, **settings)
         by_id = {pair.id: pair for pair in pairs}
         file = VoteFile(output / VOTES_FILE, pairs=by_id, models=dict(zip(MODELS, models, strict=True)))
         judging = Judging(pairs, file=file, rater=rater, identities=digests, seed=seed)

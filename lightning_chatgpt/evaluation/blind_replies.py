@@ -38,7 +38,7 @@ def read_prompts(source: str) -> list[Item]:
 
 
 def answer(
-    items: Sequence[Item], *, models: Sequence[str], folder: Path, max_new_tokens: int, batch_size: int
+    items: Sequence[Item], *, models: Sequence[str], folder: Path, max_new_tokens: int, batch_size: int, accelerator: str = "auto"
 ) -> tuple[list[Pair], list[str]]:
     """Answer each prompt with both models, greedily; what was answered before is not answered again.
 
@@ -48,6 +48,7 @@ def answer(
         folder: Where records of what they answered are kept.
         max_new_tokens: Tokens a reply may have.
         batch_size: Prompts that are answered at once.
+        accelerator: Where they are answered.
 
     Returns: a pair for each prompt, in order; and what tells each model from all others.
 
@@ -59,7 +60,7 @@ def answer(
     digests = [network_digest(model) for model in loaded]
     if digests[0] == digests[1]:
         raise ConfigError(f"{models[0]} and {models[1]} are the same model; name two that differ")
-    trainer = measuring_trainer(folder)
+    trainer = measuring_trainer(folder, accelerator=accelerator)
     settings = Measuring(batch_size=batch_size, max_new_tokens=max_new_tokens, stride=None)
     both = [measure(model, items, trainer=trainer, name=name, settings=settings) for name, model in zip(models, loaded, strict=True)]
     pairs = []

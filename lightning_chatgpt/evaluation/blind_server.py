@@ -151,8 +151,9 @@ def serve(judging: Judging, *, listening: socket.socket, finish: Callable[[], Se
     key = secrets.token_urlsafe(_KEY_BYTES)
 
     def end() -> Sequence[str]:
+        told = finish()
         server.should_exit = True  # once this is answered
-        return finish()
+        return told
 
     class Server(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -213,7 +214,11 @@ def make_app(judging: Judging, *, key: str, finish: Callable[[], Sequence[str]])
     async def end(request: Request) -> Response:
         if judging.n_judged < len(judging.pairs):
             return PlainTextResponse("Not everything is judged yet.", 409)
-        return JSONResponse({**judging.view(), "result": list(finish())})
+        try:
+            result = list(finish())
+        except SaveError as error:
+            return PlainTextResponse(str(error), 507)
+        return JSONResponse({**judging.view(), "result": result})
 
     async def no_icon(request: Request) -> Response:
         return Response(status_code=204)  # browsers ask for it by themselves

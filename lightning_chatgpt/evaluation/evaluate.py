@@ -16,14 +16,16 @@ from lightning_chatgpt.chat.conversation import Conversation
 from lightning_chatgpt.errors import ConfigError
 from lightning_chatgpt.evaluation.counterfactual import counterfactual_report
 from lightning_chatgpt.evaluation.counterfactual_files import read_counterfactuals
-from lightning_chatgpt.evaluation.fairness import LIMITS, FairnessSettings, audit, group_report
-from lightning_chatgpt.evaluation.figures import likelihood_figures, reply_figures, reply_scores
+from lightning_chatgpt.evaluation.fairness import LIMITS, FairnessSettings, audit, check_label, group_report
+from lightning_chatgpt.evaluation.figures import LEARNT, likelihood_figures, reply_figures, reply_scores
 from lightning_chatgpt.evaluation.harness import harness_folder, run_harness
 from lightning_chatgpt.evaluation.items import run_folder, training_chats
 from lightning_chatgpt.evaluation.records import Item, Measurer, Measuring, Record, items_digest, measure, network_digest
 from lightning_chatgpt.evaluation.words import read_words
 from lightning_chatgpt.generation.generate import max_positions
+from lightning_chatgpt.metrics.text import BertScore, Bleu, Rouge
 from lightning_chatgpt.models.build import LoadedModel, load_model
+from lightning_chatgpt.plots import check_matplotlib
 from lightning_chatgpt.precision import ChatTrainer
 
 CURVES = ("train_loss", "val_loss")
@@ -50,38 +52,67 @@ def evaluate_models(
 
     Returns: the report's ``models``, ``figures``, ``replies``, ``data`` and ``fairness``; on other processes than the first nothing.
     """
+    names = unique_names(models)
+    runs = [describe_run(model) for model in models]
+    if fairness is not None:
+        labels = [item.content.labels for item in items if isinstance(item.content, Conversation)]
+        for label in filter(None, (fairness.group, fairness.flag)):
+            check_label(label, labels)
     described: list[dict[str, Any]] = []
     records: list[list[Record]] = []
-    for name, model in zip(unique_names(models), models, strict=True):
+    for name, model, run in zip(names, models, runs, strict=True):
         loaded = load_model(model)
         rank_zero_info(f"{name}: {len(items):,} items")
         records.append(measure(loaded, items, trainer=trainer, name=name, settings=measuring))
-        described.append({"name": name, "path": model, **describe_model(loaded), **describe_run(model)})
+        described.append({"name": name, "path": model, **describe_model(loaded), **run})
     if not trainer.is_global_zero:
         return {}
-    names = [about["name"] for about in described]
     figures = [*likelihood_figures(records), *reply_figures(records, bertscore=bertscore)]
-    return {
+    found = {
         "data": {"items": len(items), "digest": items_digest(items), "sources": dict(Counter(item.source for item in items))},
         "models": described,
         "figures": [figure.to_dict() for figure in figures],
         "replies": _replies(records),
-        **({"fairness": _fairness(models, names, records, fairness, measuring)} if fairness is not None else {}),
     }
+    if fairness is not None:
+        device = trainer.strategy.root_device
+        found["fairness"] = _fairness(models, records, fairness, measuring, device=device)
+    return found
+
+
+def check_extras(*, replies: bool, bertscore: str | None, fairness: FairnessSettings | None) -> None:
+    """Make sure that what a report needs is there: packages, an encoder, the files that fairness names.
+
+    Raises:
+        ConfigError: It is not.
+        DataError: A file cannot be used.
+    """
+    check_matplotlib("the report's page", extra="evaluate")
+    if replies:
+        Bleu()
+        Rouge("rouge1")
+    if bertscore is not None:
+        BertScore(bertscore)
+    if fairness is not None:
+        read_words(fairness.words)
+        if fairness.counterfactual is not None:
+            read_counterfactuals(fairness.counterfactual)
 
 
 def _fairness(
-    models: Sequence[str], names: Sequence[str], records: Sequence[Sequence[Record]], settings: FairnessSettings, measuring: Measuring
+    models: Sequence[str], records: Sequence[Sequence[Record]], settings: FairnessSettings, measuring: Measuring, *, device: Any
 ) -> dict[str, Any]:
     """Groups and counterfactuals of each model, and what the first run was trained on."""
     counterfactuals = read_counterfactuals(settings.counterfactual) if settings.counterfactual is not None else None
     words = read_words(settings.words)
     found = []
-    for name, model, own in zip(names, models, records, strict=True):
+    for name, model, own in zip(unique_names(models), models, records, strict=True):
         groups = group_report(own, settings=settings) if settings.group is not None else None
         compared = None
         if counterfactuals is not None:
-            measurer = Measurer(load_model(model), measuring)
+            loaded = load_model(model)
+            loaded.network.to(device)
+            measurer = Measurer(loaded, measuring)
 
             def score(chats: list[Conversation], measurer: Measurer = measurer, name: str = name) -> list[tuple[float, int]]:
                 scores = [scores[-1] for scores in measurer.message_scores(chats, title=f"{name}: variants")]
@@ -130,16 +161,19 @@ def describe_model(model: LoadedModel) -> dict[str, Any]:
 
 def describe_run(model: str) -> dict[str, Any]:
     """What a run folder tells of how the model was trained: its last start, and its loss curves; nothing of other models."""
-    folder = Path(model)
     found: dict[str, Any] = {}
-    if (folder / "run.json").is_file():
+    for name, key, read in (("run.json", "run", _last_start), ("metrics.csv", "curves", read_curves)):
+        path = Path(model) / name
         try:
-            found["run"] = json.loads((folder / "run.json").read_text(encoding="utf-8"))["starts"][-1]
-        except (ValueError, KeyError, IndexError) as error:
-            raise ConfigError(f"{folder / 'run.json'}: cannot be read ({error}); remove it, and the report does without") from None
-    if (folder / "metrics.csv").is_file():
-        found["curves"] = read_curves(folder / "metrics.csv")
+            if path.is_file():
+                found[key] = read(path)
+        except (OSError, ValueError, KeyError, IndexError, TypeError, csv.Error) as error:
+            raise ConfigError(f"{path}: cannot be read ({error}); mend or remove it, and the report does without") from None
     return found
+
+
+def _last_start(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))["starts"][-1]
 
 
 def read_curves(path: Path) -> dict[str, list[tuple[int, float]]]:
@@ -153,16 +187,19 @@ def read_curves(path: Path) -> dict[str, list[tuple[int, float]]]:
     return {name: points for name, points in curves.items() if points}
 
 
+def main_figures(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The figures that count: of what a model is there to say, and of the replies."""
+    return [figure for figure in report["figures"] if figure["part"] in (*LEARNT, "replies")]
+
+
 def verdicts(report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What the figures of the whole data say of each model against the first: which are better, worse, or not shown to differ."""
-    whole = report["figures"][0]["part"] if report["figures"] else ""
+    """What the main figures say of each model against the first: which are better, worse, or not shown to differ."""
     told = []
     for number, model in enumerate(report["models"][1:]):
         found: dict[str, Any] = {"model": model["name"], "against": report["models"][0]["name"]}
-        for figure in report["figures"]:
-            difference = figure["differences"][number]
-            if figure["part"] in (whole, "replies") and difference["verdict"]:
-                found.setdefault(difference["verdict"], []).append(figure["title"])
+        for figure in main_figures(report):
+            if verdict := figure["differences"][number]["verdict"]:
+                found.setdefault(verdict, []).append(figure["title"])
         told.append(found)
     return told
 

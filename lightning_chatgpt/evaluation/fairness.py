@@ -111,7 +111,7 @@ def group_report(records: Sequence[Mapping[str, Any]], *, settings: FairnessSett
     assert settings.group is not None
     words = read_words(settings.words)
     for name in filter(None, (settings.group, settings.flag)):
-        _check_label(name, [record["labels"] for record in records])
+        check_label(name, [record["labels"] for record in records])
     of_group: dict[str, list[Mapping[str, Any]]] = {}
     for record in records:
         if settings.group in record["labels"]:
@@ -168,7 +168,7 @@ def audit(conversations: Iterable[Conversation], *, settings: FairnessSettings) 
         how many of them with a listed word (``flagged``, terms alone), and by role and group; ``n_words`` and ``n_terms`` looked for.
 
     Raises:
-        ConfigError: No conversation has the label, or it names too many groups.
+        ConfigError: The label names too many groups.
     """
     words = read_words(settings.words)
     axes = _terms(settings)
@@ -176,11 +176,9 @@ def audit(conversations: Iterable[Conversation], *, settings: FairnessSettings) 
     groups: dict[str, Counter[str]] = {}
     roles: dict[str, Counter[str]] = {}
     found: dict[str, dict[str, Any]] = {"words": {}, "terms": {}}
-    known: Counter[str] = Counter()
     n = n_without = 0
     for conversation in tqdm(conversations, desc="Fairness audit", unit=" chats", disable=None, leave=False):
         n += 1
-        known.update(conversation.labels.keys())
         group = conversation.labels.get(settings.group) if settings.group else None
         n_without += group is None
         counts = groups.setdefault(group, Counter()) if group is not None else Counter[str]()
@@ -196,8 +194,6 @@ def audit(conversations: Iterable[Conversation], *, settings: FairnessSettings) 
                 place.update(messages=1, characters=len(message.content), flagged=bool(in_words))
             _tally(found["words"], in_words, role=message.role, group=group)
             _tally(found["terms"], in_terms, role=message.role, group=group, flagged=bool(in_words))
-    if settings.group and n_without == n:
-        _refuse_label(settings.group, known)
     shown = {kind: dict(sorted(of_kind.items(), key=lambda item: -item[1]["occurrences"])) for kind, of_kind in found.items()}
     return {
         "conversations": n,
@@ -258,7 +254,12 @@ def _refuse_groups(name: str | None, n: int) -> NoReturn:
     raise ConfigError(f"fairness.group {name!r} has {n} values or more; name a label of at most {_MOST_GROUPS}, or join some of them")
 
 
-def _check_label(name: str, labels: Sequence[Mapping[str, str]]) -> None:
+def check_label(name: str, labels: Sequence[Mapping[str, str]]) -> None:
+    """Make sure that some of the conversations have a label.
+
+    Raises:
+        ConfigError: None has it.
+    """
     if not any(name in of_record for of_record in labels):
         _refuse_label(name, Counter(key for of_record in labels for key in of_record))
 

@@ -10,32 +10,37 @@ from typing import Any
 import yaml
 
 from lightning_chatgpt.chat.conversation import Conversation
+from lightning_chatgpt.chat.faults import Faults, OnFault
 from lightning_chatgpt.data.base import TokenDataModule
 from lightning_chatgpt.data.preparation import tell_faults
 from lightning_chatgpt.data.selection import SourceRows
-from lightning_chatgpt.data.sources import SourceReport, read_conversations, read_documents
-from lightning_chatgpt.errors import ConfigError, DataError
+from lightning_chatgpt.data.sources import Source, SourceReport, SourceSettings, read_conversations, read_documents
+from lightning_chatgpt.errors import ConfigError, DataError, UserError
 from lightning_chatgpt.evaluation.records import Item
 
 
-def read_items(source: str, *, is_text: bool = False) -> list[Item]:
+def read_items(sources: Source | list[Source], *, is_text: bool = False, on_fault: OnFault = "error") -> list[Item]:
     """Read conversations, or documents of plain text.
 
     Args:
-        source: As ``data.train`` takes it.
-        is_text: Whether it holds documents.
+        sources: As ``data.train`` takes them.
+        is_text: Whether they hold documents.
+        on_fault: What is done about a record that cannot be used.
 
     Raises:
         DataError: There is no such source, nothing in it, or a record of it cannot be used.
     """
-    report = SourceReport()
-    contents: Iterator[Conversation | str] = (
-        read_documents(source, report=report) if is_text else read_conversations(source, report=report, needs_reply=False)
-    )
-    items = [Item(content, _id(content, source, number), source) for number, content in enumerate(contents, start=1)]
+    items = []
+    for source in sources if isinstance(sources, list) else [sources]:
+        name = SourceSettings.of(source).name
+        report = SourceReport(Faults(on_fault))
+        contents: Iterator[Conversation | str] = (
+            read_documents(source, report=report) if is_text else read_conversations(source, report=report, needs_reply=False)
+        )
+        items += [Item(content, _id(content, name, number), name) for number, content in enumerate(contents, start=1)]
+        tell_faults(name, report.to_dict())
     if not items:
-        raise DataError(f"{source}: nothing to read in there")
-    tell_faults(source, report.to_dict())
+        raise DataError(f"{sources}: nothing to read in there")
     return items
 
 
@@ -89,7 +94,9 @@ def _data_module(config: Path) -> TokenDataModule[Any]:
         module, _, name = data["class_path"].rpartition(".")
         cls = getattr(import_module(module), name)
         built = cls(**data.get("init_args", {}))
-    except (yaml.YAMLError, KeyError, TypeError, ImportError, AttributeError) as error:
+    except UserError:
+        raise
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, ImportError, AttributeError) as error:
         raise ConfigError(f"{config}: tells no data module that can be built ({' '.join(str(error).split())}); set --data FILE") from None
     if not isinstance(built, TokenDataModule):
         raise ConfigError(f"{config}: its data is a {name}, of which it is not known what it holds out; set --data FILE")

@@ -143,7 +143,7 @@ def score_texts(
         token_ids = torch.cat([torch.tensor(texts[number].ids[here]) for (number, _), here in zip(rows, scored, strict=True)])
         batch["targets"] = Targets(torch.cat(places), token_ids, torch.ones(len(token_ids)))
         losses = token_losses(network, move_data_to_device(batch, network.device))
-        found = torch.stack([torch.ones(len(token_ids)).double(), losses.nll.double().cpu(), losses.is_correct.double().cpu()], dim=1)
+        found = torch.stack([torch.ones(len(token_ids)).double(), losses.nll.cpu().double(), losses.is_correct.cpu().double()], dim=1)
         for (number, _), here, row in zip(rows, scored, torch.split(found, [s.stop - s.start for s in scored]), strict=True):
             np.add.at(sums[number], np.asarray(texts[number].parts[here]), row.numpy())
     return [

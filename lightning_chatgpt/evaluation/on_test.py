@@ -12,11 +12,12 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from tqdm.auto import tqdm
 
 from lightning_chatgpt.callbacks.agreement import gathered
+from lightning_chatgpt.chat.conversation import Conversation
 from lightning_chatgpt.checkpoints.file import replace_file
 from lightning_chatgpt.data.base import TokenDataModule
 from lightning_chatgpt.data.serving import share_of
 from lightning_chatgpt.errors import ConfigError
-from lightning_chatgpt.evaluation.figures import Figure, likelihood_figures, reply_figures
+from lightning_chatgpt.evaluation.figures import Figure, finite, likelihood_figures, reply_figures
 from lightning_chatgpt.evaluation.items import items_of
 from lightning_chatgpt.evaluation.records import Measurer, Measuring, Record, items_digest
 from lightning_chatgpt.models.build import LoadedModel
@@ -72,7 +73,7 @@ class TestMetrics(Callback):
         path.parent.mkdir(parents=True, exist_ok=True)
         logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
         report = {"checkpoint": str(trainer.ckpt_path) if trainer.ckpt_path else None, "logged": logged, **self._found}
-        replace_file(path, [json.dumps(report, indent=1, ensure_ascii=False), "\n"])
+        replace_file(path, [json.dumps(finite(report), indent=1, ensure_ascii=False, allow_nan=False), "\n"])
         rank_zero_info(f"Metrics written to {path}")
 
     def _figures(self, trainer: Trainer, module: StandaloneModule, data: TokenDataModule[Any]) -> tuple[list[Figure], str, int]:
@@ -86,7 +87,10 @@ class TestMetrics(Callback):
         items = items_of(data, data.datasets["test"].sources)
         share = share_of(trainer)
         limit = trainer.limit_test_batches
-        if isinstance(limit, int) or limit < 1:  # 1 is one batch, 1.0 all of them
+        is_limited = isinstance(limit, int) or limit < 1  # 1 is one batch, 1.0 all of them
+        if is_limited and (data.packing or not isinstance(items[0].content, Conversation)):
+            rank_zero_warn(f"trainer.limit_test_batches is of rows that several share: {self.filename} is of the whole test split")
+        elif is_limited:
             items = items[: int(trainer.num_test_batches[0]) * data.batch_size * share["world_size"]]
         own = items[share["rank"] :: share["world_size"]]
         measurer = Measurer(

@@ -16,15 +16,19 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import xxhash
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from lightning_chatgpt import __version__
 from lightning_chatgpt.callbacks.predictions import PredictionWriter
 from lightning_chatgpt.chat.conversation import Conversation
 from lightning_chatgpt.chat.encoding import Encoder
 from lightning_chatgpt.chat.text_encoding import TextEncoder
+from lightning_chatgpt.chat.tokenizer import stop_token_ids
+from lightning_chatgpt.checkpoints.file import whole_lines
 from lightning_chatgpt.data.sampler import ShardSampler
 from lightning_chatgpt.data.serving import share_of
 from lightning_chatgpt.errors import ConfigError
@@ -81,12 +85,16 @@ def items_digest(items: Sequence[Item]) -> str:
 
 
 def network_digest(model: LoadedModel) -> str:
-    """The same for the same weights and tokenizer."""
+    """The same for the same network, weights and tokenizer."""
     digest = xxhash.xxh3_128()
     for name, tensor in sorted(model.network.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    digest.update(json.dumps([model.tokenizer.get_vocab(), model.tokenizer.chat_template], sort_keys=True).encode())
+    tokenizer = model.tokenizer
+    config = json.loads(model.network.config.to_json_string(use_diff=False))
+    config = {key: value for key, value in config.items() if key[0] != "_" and key != "transformers_version"}  # such as where it lay
+    rest = [config, tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template]
+    digest.update(json.dumps([*rest, tokenizer.bos_token_id, stop_token_ids(tokenizer)]).encode())
     return digest.hexdigest()
 
 
@@ -171,7 +179,17 @@ def measuring_trainer(folder: Path, *, accelerator: str = "auto", devices: int =
         folder: Where records are kept.
         accelerator: Lightning's.
         devices: Processes that share the items.
+
+    Raises:
+        ConfigError: The machine has no such accelerator, or not as many devices.
     """
+    try:
+        return _trainer(folder, accelerator, devices)
+    except (ValueError, MisconfigurationException) as error:
+        raise ConfigError(f"accelerator {accelerator}, devices {devices}: {' '.join(str(error).split())}") from None
+
+
+def _trainer(folder: Path, accelerator: str, devices: int) -> ChatTrainer:
     return ChatTrainer(
         accelerator=accelerator,
         devices=devices,
@@ -198,13 +216,18 @@ def measure(model: LoadedModel, items: Sequence[Item], *, trainer: ChatTrainer, 
     Raises:
         ConfigError: A setting does not fit the model.
     """
-    set_attention(model.network, "auto")  # as it is trained
+    digest = network_digest(model)
+    # As it is trained, but for FlashAttention, which takes half precision only.
+    set_attention(model.network, "stretches" if model.network._supports_attention_backend else "sdpa")
+    if len(items) < trainer.num_devices * trainer.num_nodes:
+        raise ConfigError(f"{len(items)} item(s) are too few for {trainer.num_devices * trainer.num_nodes} processes; use fewer devices")
     data = _Items(items, batch_size=settings.batch_size)
     module = _MeasuredModel(Measurer(model, settings))
-    module.prediction_key = f"{network_digest(model)} {settings}"
+    module.prediction_key = f"{__version__} {digest} {settings}"
     key = xxhash.xxh3_64_hexdigest(f"{module.prediction_key} {data.prediction_key}".encode())
-    slug = re.sub(r"[^\w.-]+", "-", name).strip("-")
-    path = Path(trainer.default_root_dir) / f"{slug}-{key}.jsonl"
+    folder = Path(trainer.default_root_dir)
+    slug = re.sub(r"[^\w.-]+", "-", name).strip("-")[-80:]
+    path = next(iter(sorted(folder.glob(f"*-{key}.jsonl"))), folder / f"{slug}-{key}.jsonl")
     if path.is_file():
         rank_zero_info(f"{name}: measured before ({path})")
     else:
@@ -213,7 +236,7 @@ def measure(model: LoadedModel, items: Sequence[Item], *, trainer: ChatTrainer, 
         trainer.predict(module, datamodule=data, return_predictions=False)
     if not trainer.is_global_zero:
         return []
-    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    records = [json.loads(line) for line in whole_lines(path)]
     return [record for _, record in sorted(zip(data.order, records, strict=True), key=lambda pair: pair[0])]
 
 

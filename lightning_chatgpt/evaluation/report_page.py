@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lightning_chatgpt.evaluation.evaluate import verdicts
+from lightning_chatgpt.evaluation.evaluate import main_figures, verdicts
 from lightning_chatgpt.pages.plots import COLOURS, Plot, plot
 from lightning_chatgpt.pages.render import render
 
@@ -24,13 +24,12 @@ def render_page(report: Mapping[str, Any]) -> str:
     Returns: HTML, the same for the same report.
     """
     figures = report["figures"]
-    whole = figures[0]["part"] if figures else ""
     return render(
         "evaluation/report_page.html.jinja",
         report=report,
         names=[model["name"] for model in report["models"]],
         verdicts=verdicts(report),
-        main=[figure for figure in figures if figure["part"] in (whole, "replies")],
+        main=main_figures(report),
         parts=_by_part([figure for figure in figures if figure["part"] != "replies"]),
         replies={"names": [model["name"] for model in report["models"]], "items": report["replies"][:_MOST_REPLIES]},
         n_replies=len(report["replies"]),
@@ -72,7 +71,11 @@ def _colour(models: Sequence[Mapping[str, Any]], name: str) -> str:
 
 def _intervals(report: Mapping[str, Any]) -> Iterator[Plot]:
     """Bits per byte by part of the data, each model's interval."""
-    figures = [figure for figure in report["figures"] if figure["name"] == "bits_per_byte" and figure["models"][0]["low"] is not None]
+    figures = [
+        figure
+        for figure in report["figures"]
+        if figure["name"] == "bits_per_byte" and all(found["low"] is not None for found in figure["models"])
+    ]
     if len(figures) < 2:
         return
     names = [model["name"] for model in report["models"]]

@@ -129,13 +129,14 @@ class VoteFile:
         try:
             record = json.loads(line)
             vote = Vote(*(record[name] for name in ("id", "vote", "left", "rater", "time")))
-            replies = record["replies"]
+            replies, prompt = record["replies"], record["prompt"]
         except (ValueError, KeyError, TypeError):
             raise DataError(f"{self.path}:{number}: is no vote; remove the line, or name another folder") from None
-        if vote.id not in self.pairs or replies != self.pairs[vote.id].replies:
+        pair = self.pairs.get(vote.id)
+        if pair is None or replies != pair.replies or prompt != [message.to_dict() for message in pair.prompt]:
             raise DataError(
-                f"{self.path}:{number}: is a vote on {vote.id!r} with other replies than A and B give now; take the models, in the "
-                "order, and the settings that it was cast with, or name another folder"
+                f"{self.path}:{number}: is a vote on {vote.id!r} with another prompt, or other replies than A and B give now; take the "
+                "prompts, the models, in the order, and the settings that it was cast with, or name another folder"
             )
         return vote
 

@@ -6,6 +6,7 @@ Sources: Efron and Tibshirani 1993, ch. 13 (percentile intervals); Koehn 2004 (p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -41,8 +42,8 @@ class Estimate(NamedTuple):
         return self.low > 0 or self.high < 0
 
     def to_dict(self) -> dict[str, float | int | None]:
-        """As plain data; null in place of NaN, which is no JSON."""
-        return {name: None if value != value else value for name, value in self._asdict().items()}
+        """As plain data; null in place of what is not finite, which is no JSON."""
+        return {name: value if math.isfinite(value) else None for name, value in self._asdict().items()}
 
 
 class Resampled(NamedTuple):

@@ -7,9 +7,12 @@ distance from torchmetrics. Shapes: N replies, S sums of a metric, R resamples.
 from __future__ import annotations
 
 import re
+import unicodedata
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
+from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -24,12 +27,23 @@ _LOOP_ORDER, _LOOP_COUNT = 4, 3
 
 # Characters of scripts that put no space between words count as a word each: kana, Chinese characters, Hangul.
 _UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff"
-_WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+|[^\w\s]")
+
+
+@cache
+def _word() -> re.Pattern[str]:
+    marks = "".join(c for c in map(chr, range(0x300, 0x10000)) if unicodedata.category(c)[0] == "M")  # vowel signs, accents
+    return re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}][{marks}]*(?:[^\W{_UNSPACED}][{marks}]*)*|[^\w\s]")
 
 
 def words_of(text: str) -> list[str]:
     """Words and punctuation marks of a text, in lower case; of Chinese, Japanese and Korean each character."""
-    return _WORD.findall(text.lower())
+    return _word().findall(unicodedata.normalize("NFC", text.lower()))
+
+
+def is_ascii(texts: Iterable[str]) -> bool:
+    """Whether most letters of texts are those from a to z."""
+    letters = [character for text in texts for character in text if character.isalpha()]
+    return 2 * sum(letter.isascii() for letter in letters) >= len(letters)
 
 
 def is_unspaced(texts: Iterable[str]) -> bool:
@@ -135,6 +149,7 @@ class Rouge(ReplyMean):
 
     Args:
         kind: rouge1, rouge2 or rougeL.
+        by_words: Whether words are those of :func:`words_of`; rouge-score itself knows those of a to z and digits alone.
 
     Raises:
         ConfigError: rouge-score is not installed.
@@ -142,10 +157,11 @@ class Rouge(ReplyMean):
 
     higher_is_better = True
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, *, by_words: bool = False) -> None:
         super().__init__()
         self.kind = kind
-        self.scorer = _import("rouge_score.rouge_scorer").RougeScorer([kind], use_stemmer=False)
+        tokenizer = SimpleNamespace(tokenize=lambda text: [word for word in words_of(text) if word[0].isalnum()]) if by_words else None
+        self.scorer = _import("rouge_score.rouge_scorer").RougeScorer([kind], use_stemmer=False, tokenizer=tokenizer)
 
     def of_reply(self, reply: str, reference: str) -> tuple[float, float]:
         """The F1 of a reply, and 1."""
@@ -213,11 +229,20 @@ class BertScore(ReplyMetric, Ratio):
         self.folder = folder
 
     def rows(self, replies: Sequence[str], references: Sequence[str]) -> Tensor:
-        """The F1 of each reply, and 1; (N, 2)."""
+        """The F1 of each reply, and 1; (N, 2). What is longer than the encoder's positions is cut."""
         from torchmetrics.functional.text import bert_score
+        from transformers import AutoModel, AutoTokenizer
 
-        scores: Any = bert_score(list(replies), list(references), model_name_or_path=self.folder)["f1"]
-        return torch.stack([torch.as_tensor(scores).double().reshape(-1), torch.ones(len(replies), dtype=torch.float64)], dim=1)
+        tokenizer: Any = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
+        model = AutoModel.from_pretrained(self.folder, local_files_only=True).eval()
+        n_positions = min(512, int(getattr(model.config, "max_position_embeddings", 512)))
+
+        score: Any = bert_score
+        # One pair at a time: of several, torchmetrics 1.9 holds replies against each other's references where their lengths differ.
+        settings: Any = {"model": model, "user_tokenizer": tokenizer, "max_length": n_positions, "truncation": True}
+        pairs = zip(replies, references, strict=True)
+        scores = [float(score([reply], [reference], **settings)["f1"]) for reply, reference in pairs]
+        return torch.tensor([[found, 1.0] for found in scores], dtype=torch.float64)
 
 
 class Distinct(Metric):
@@ -267,7 +292,7 @@ class Distinct(Metric):
             n_different = [int((numbers[(row > 0)[owners]].bincount() > 0).sum()) for row in counts]
             figures.append(torch.tensor(n_different, dtype=torch.float64) / (counts @ lengths.double()))
         found = torch.cat(figures)
-        return Resampled(value, found + (value - found.nanmean()), len(hashes))
+        return Resampled(value, (found + (value - found.nanmean())).clamp(0, 1), len(hashes))
 
     def _hashes(self, replies: Sequence[str]) -> list[Tensor]:
         import xxhash

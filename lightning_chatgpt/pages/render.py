@@ -19,6 +19,14 @@ class TokenText(NamedTuple):
     lines: list[str]
 
 
+def environment() -> Environment:
+    """What pages are rendered with: templates by their file within the package, everything escaped, filters ``show`` and ``percent``."""
+    loader = FileSystemLoader(Path(__file__).parent.parent)
+    found = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    found.filters.update(show=show, percent=percent)
+    return found
+
+
 def render(template: str, **context: Any) -> str:
     """Render a page.
 
@@ -28,16 +36,8 @@ def render(template: str, **context: Any) -> str:
 
     Returns: HTML, the same for the same context.
     """
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent.parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters.update(show=show, percent=percent)
     # Half a UTF-16 character could not be written to a file.
-    return environment.get_template(template).render(context).encode("utf-8", "replace").decode()
+    return environment().get_template(template).render(context).encode("utf-8", "replace").decode()
 
 
 def token_text(text: str) -> TokenText:

@@ -66,7 +66,7 @@ def test_batches_change_nothing_and_it_is_what_validate_says(files: Path) -> Non
 def test_a_model_against_itself_is_no_different_and_is_measured_once(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     report = evaluate("one", "one", "--data", "chats.jsonl")
     assert [model["name"] for model in report["models"]] == ["one", "one (2)"]
-    assert {difference["verdict"] for figure in report["figures"] for difference in figure["differences"]} <= {None, "no difference shown"}
+    assert {difference["verdict"] for figure in report["figures"] for difference in figure["differences"]} <= {None, "too few to tell"}
     assert all(difference["value"] in (0, None) for figure in report["figures"] for difference in figure["differences"])
     monkeypatch.setattr(records.Measurer, "records", lambda *_: pytest.fail("measured again"))
     assert values(evaluate("one", "one", "--data", "chats.jsonl")) == values(report)
@@ -165,3 +165,36 @@ def test_a_page_escapes_what_models_say(files: Path) -> None:
     report["models"][0]["name"] = "<b>bold</b>"
     page = render_page(report)
     assert "<script>alert" not in page and "<b>bold" not in page
+
+
+def test_characters_that_end_lines_elsewhere_are_of_the_reply(files: Path) -> None:
+    """Guards against records that are cut at U+2028, which JSON leaves as it is."""
+    messages = [{"role": "user", "content": "one\u2028two"}, {"role": "assistant", "content": "three\u0085four"}]
+    Path("odd.jsonl").write_text((json.dumps({"messages": messages}) + "\n") * 2, encoding="utf-8")
+    report = evaluate("one", "--data", "odd.jsonl")
+    assert [reply["reference"] for reply in report["replies"]] == ["three\u0085four"] * 2
+
+
+def test_another_config_is_another_model(files: Path) -> None:
+    """Guards against records of other heads, whose weights are the same."""
+    before = values(evaluate("one", "--data", "chats.jsonl"))
+    config = json.loads(Path("one/config.json").read_text())
+    Path("one/config.json").write_text(json.dumps({**config, "n_head": 1}))
+    assert values(evaluate("one", "--data", "chats.jsonl"))["all tokens", "perplexity"] != before["all tokens", "perplexity"]
+
+
+def test_weights_that_are_no_numbers_are_reported(files: Path) -> None:
+    network, tokenizer = load_model("two")
+    with torch.no_grad():
+        network.get_input_embeddings().weight.fill_(float("nan"))
+    export_folder(network, tokenizer, files / "broken", facts={})
+    report = evaluate("one", "broken", "--data", "chats.jsonl")
+    assert values(report)["assistant", "perplexity"][1] is None
+    assert "NaN" not in Path("evaluation/report.json").read_text() and "NaN" not in Path("evaluation/report.html").read_text()
+
+
+def test_fewer_items_than_processes_are_refused(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards against a process that waits for one without work."""
+    with pytest.raises(SystemExit):
+        main(["evaluate", "one", "--data", "chats.jsonl", "--limit", "1", "--devices", "2", "--accelerator", "cpu"])
+    assert "error: 1 item(s) are too few for 2 processes" in capsys.readouterr().err

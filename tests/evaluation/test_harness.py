@@ -281,7 +281,7 @@ class TestLmEval:
         with pytest.raises(DataError, match=f"begins with ' word word .* are more than the model's {POSITIONS} positions"):
             run_harness(folder, task="local_choices", data=write(question(choices=["a", "word " * 60])))
 
-    @pytest.mark.slow  # lm-eval looks through the files of its thousands of tasks
+    @pytest.mark.faults  # lm-eval looks through the files of its thousands of tasks
     def test_tasks_beside_the_local_ones(self, folder: Path, write: Callable[..., Path], tmp_path: Path) -> None:
         task = tmp_path / "mine.yaml"
         settings = {"task": "mine", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(write(question()))}}}

@@ -88,15 +88,15 @@ def test_a_vote_that_could_not_be_saved_does_not_count(tmp_path: Path, monkeypat
     ("line", "message"),
     [
         ("{", r"votes\.jsonl:2: is no vote; remove the line"),
-        ('{"id": "p1", "vote": "C", "left": "A", "rater": "r1", "time": "", "replies": {}}', r"votes\.jsonl:2: is no vote"),
+        ('{"id": "p1", "vote": "C", "left": "A", "rater": "r1", "time": "", "prompt": [], "replies": {}}', r"votes\.jsonl:2: is no vote"),
         ('["p1"]', r"votes\.jsonl:2: is no vote"),
         (
-            '{"id": "p9", "vote": "A", "left": "A", "rater": "r1", "time": "", "replies": {}}',
-            r"votes\.jsonl:2: is a vote on 'p9' with other",
+            '{"id": "p9", "vote": "A", "left": "A", "rater": "r1", "time": "", "prompt": [], "replies": {}}',
+            r"votes\.jsonl:2: is a vote on 'p9' with another prompt",
         ),
         (
-            '{"id": "p1", "vote": "A", "left": "A", "rater": "r1", "time": "", "replies": {"A": "x", "B": "y"}}',
-            r"votes\.jsonl:2: is a vote on 'p1' with other replies than A and B give now; take the models, in the order",
+            '{"id": "p1", "vote": "A", "left": "A", "rater": "r1", "time": "", "prompt": [], "replies": {"A": "x", "B": "y"}}',
+            r"votes\.jsonl:2: is a vote on 'p1' with another prompt, or other replies than A and B give now; take the prompts",
         ),
     ],
 )

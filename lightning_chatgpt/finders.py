@@ -229,8 +229,8 @@ def _find_rate(trainer: ChatTrainer, module: LightningModule, data: LightningDat
         )
     if not losses:
         raise ConfigError(
-            f"lr_find: an epoch has fewer batches than trainer.accumulate_grad_batches {trainer.accumulate_grad_batches}, so no step is whole; "
-            "lower it, or data.batch_size"
+            f"lr_find: trainer.accumulate_grad_batches {trainer.accumulate_grad_batches} is more than the batches of an epoch, "
+            "so that no step is whole; lower it, or data.batch_size"
         )
     assert found is not None and len(found.results["lr"]) == len(losses)
     rates, values = np.array(found.results["lr"]), np.array(losses)

@@ -27,7 +27,7 @@ from lightning_chatgpt.data.serving import ServingDataModule
 from lightning_chatgpt.errors import ConfigError
 from lightning_chatgpt.memory import give_freed_memory_back, limited_memory
 from lightning_chatgpt.models.step import StepLoss
-from lightning_chatgpt.plots import check_matplotlib, plot
+from lightning_chatgpt.plots import COLOURS, LIMIT_COLOUR, check_matplotlib, plot
 from lightning_chatgpt.precision import ChatTrainer
 
 if TYPE_CHECKING:
@@ -270,10 +270,10 @@ def _recorded(module: LightningModule, losses: list[float]) -> Iterator[None]:
 def _draw(picture: Path, rates: Floats, losses: Floats, suggestion: Suggestion | None) -> None:
     with plot(picture, title="Learning-rate range test") as axes:
         axes.set(xlabel="learning rate", ylabel="train_loss", xscale="log")
-        axes.plot(rates, losses, ".", color="#3b82c4", alpha=0.4, label="step")
+        axes.plot(rates, losses, ".", color=COLOURS[0], alpha=0.4, label="step")
         if suggestion is not None:
-            axes.plot(rates, suggestion.smoothed, color="#3b82c4", label="smoothed")
-            axes.axvline(suggestion.rate, color="#d1495b", label=f"suggested: {suggestion.rate:g}")
+            axes.plot(rates, suggestion.smoothed, color=COLOURS[0], label="smoothed")
+            axes.axvline(suggestion.rate, color=LIMIT_COLOUR, label=f"suggested: {suggestion.rate:g}")
             start = suggestion.smoothed[np.isfinite(suggestion.smoothed)][0]
             axes.set_ylim(0.9 * suggestion.smoothed[suggestion.lowest], 1.3 * start)  # what diverges would flatten the rest
             axes.legend(frameon=False)

@@ -1,16 +1,19 @@
-"""Plots as PNG files, by matplotlib (extra ``report``), without pyplot and without a trace in its settings."""
+"""How plots look, and plots as PNG files, by matplotlib (extra ``report``), without pyplot and without a trace in its settings."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning_chatgpt.errors import ConfigError, SaveError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+COLOURS = ("#3b82c4", "#d97b29", "#3f9f6b", "#9b6fc0", "#b8a02c")
+LIMIT_COLOUR = "#d1495b"
 
 _SIZE = (6.4, 3.6)  # inches
 _DOTS = 120  # an inch
@@ -34,6 +37,14 @@ def check_matplotlib(purpose: str, *, extra: str = "report") -> None:
         ) from None
 
 
+def styled(settings: Mapping[str, Any] | None = None) -> AbstractContextManager[None]:
+    """How all plots look, whatever the user's own matplotlib is set to; and settings of one's own."""
+    from matplotlib import style
+
+    own: Any = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, **(settings or {})}
+    return style.context(own, after_reset=True)
+
+
 @contextmanager
 def plot(path: Path, *, title: str) -> Iterator[Axes]:
     """Axes to draw on, which are written to a file at the end.
@@ -45,10 +56,9 @@ def plot(path: Path, *, title: str) -> Iterator[Axes]:
     Raises:
         SaveError: The file could not be written.
     """
-    from matplotlib import style
     from matplotlib.figure import Figure
 
-    with style.context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}, after_reset=True):
+    with styled():
         figure = Figure(figsize=_SIZE, dpi=_DOTS, layout="constrained")
         axes = figure.add_subplot(title=title)
         yield axes

@@ -1,4 +1,4 @@
-"""Processes that belong together: none outlives the others."""
+"""Processes that belong together, none of which outlives the others; and those that must not get in each other's way."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
-from lightning_chatgpt.errors import UserError
+from lightning_chatgpt.errors import ConfigError, UserError
 
 _POLL_SECONDS = 0.5
-
 
 PARENT = "LIGHTNING_CHATGPT_PARENT"  # set in the environment of a process that is to end with another, to that one's id
 
@@ -30,6 +31,33 @@ def end_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True, name="end-with-parent").start()
+
+
+@contextmanager
+def alone_in(folder: Path, *, at_work: str) -> Iterator[None]:
+    """Work in a folder, which is made if it is not there, while no other process does.
+
+    Args:
+        folder: Where.
+        at_work: What another process does there, for the error.
+
+    Raises:
+        ConfigError: One does, or the folder cannot be made.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise ConfigError(f"{folder}: {at_work}; wait until that has ended, or name another folder") from None
+    except OSError as error:
+        raise ConfigError(f"{folder}: cannot be written to ({error.strerror or error}); name another folder") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def end_within(seconds: float, exception: BaseException, *, is_stuck: Callable[[], bool]) -> threading.Event:

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import platform
 import re
-import shlex
-import sys
-from datetime import datetime
 from importlib.metadata import PackageNotFoundError, requires, version
 
-from lightning_chatgpt import __version__
 from lightning_chatgpt.errors import ConfigError
 
 _OWN = "lightning-chatgpt"
@@ -37,15 +33,6 @@ def check_versions() -> None:
             raise ConfigError(f"{requirement.name} is not installed; {install}") from None
         if not requirement.specifier.contains(found, prereleases=True):
             raise ConfigError(f"{requirement.name} {found} is installed, and {_OWN} needs {requirement.specifier}; {install}")
-
-
-def report_head() -> dict[str, str]:
-    """What every report begins with: the version, the command that was run, when."""
-    return {
-        "version": __version__,
-        "command": shlex.join(["python", "-m", "lightning_chatgpt", *sys.argv[1:]]),
-        "date": datetime.now().strftime("%Y-%m-%d %H:%M"),
-    }
 
 
 def installed_versions() -> dict[str, str]:

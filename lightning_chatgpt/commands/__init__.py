@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import json
+import shlex
+import sys
 from collections.abc import Callable, Sequence
+from datetime import datetime
 from importlib import import_module
 from inspect import signature
+from pathlib import Path
 from typing import Any
+
+from lightning_chatgpt import __version__
+from lightning_chatgpt.errors import ConfigError
 
 
 def run_command(verb: str, arguments: Sequence[str]) -> None:
@@ -59,3 +66,30 @@ def as_parsed(function: Callable[..., Any], arguments: Sequence[str]) -> list[st
     if takes_list and names and not names[0].startswith("["):
         names = [json.dumps(names)]
     return [*names, *options]
+
+
+def report_head() -> dict[str, str]:
+    """What every report begins with: the version, the command that was run, when."""
+    return {
+        "version": __version__,
+        "command": shlex.join(["python", "-m", "lightning_chatgpt", *sys.argv[1:]]),
+        "date": datetime.now().strftime("%Y-%m-%d %H:%M"),
+    }
+
+
+def write_report(name: str, text: str, *, setting: str) -> None:
+    """Write a report to a file, and say so.
+
+    Args:
+        name: The file.
+        text: What it is to hold.
+        setting: Where it was named, for the error.
+
+    Raises:
+        ConfigError: It cannot be written.
+    """
+    try:
+        Path(name).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{setting} {name}: cannot be written ({error.strerror}); name another file") from None
+    print(f"report written to {name}", file=sys.stderr)

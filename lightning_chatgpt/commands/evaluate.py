@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from lightning_chatgpt.chat.faults import OnFault
+from lightning_chatgpt.commands import report_head
 from lightning_chatgpt.errors import ConfigError
-from lightning_chatgpt.versions import installed_versions, report_head
+from lightning_chatgpt.versions import installed_versions
 
 
 def evaluate(

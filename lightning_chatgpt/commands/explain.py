@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json as json_format
-import sys
 from pathlib import Path
 from typing import Any
 
 from lightning_chatgpt.chat.conversation import Conversation, Message
+from lightning_chatgpt.commands import report_head, write_report
 from lightning_chatgpt.errors import ConfigError
-from lightning_chatgpt.versions import report_head
 
 _MAX_NEW_TOKENS = 64
 _N_SHOWN = 3
@@ -72,19 +71,11 @@ def explain(
     else:
         _print(report)
         if json is not None:
-            _write(json, json_format.dumps(report, ensure_ascii=False, indent=1), setting="json")
+            write_report(json, json_format.dumps(report, ensure_ascii=False, indent=1), setting="json")
     if html is not None:
         from lightning_chatgpt.evaluation.explain_page import render_page
 
-        _write(html, render_page(report), setting="html")
-
-
-def _write(name: str, text: str, *, setting: str) -> None:
-    try:
-        Path(name).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{setting} {name}: cannot be written ({error.strerror}); name another file") from None
-    print(f"written to {name}", file=sys.stderr)
+        write_report(html, render_page(report), setting="html")
 
 
 def _print(report: dict[str, Any]) -> None:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json as json_format
-import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningDataModule, LightningModule
 
 from lightning_chatgpt.chat.faults import KINDS
+from lightning_chatgpt.commands import report_head, write_report
 from lightning_chatgpt.data.chat import ChatDataModule
 from lightning_chatgpt.data.report import describe
 from lightning_chatgpt.errors import ConfigError
 from lightning_chatgpt.precision import ChatTrainer
-from lightning_chatgpt.versions import report_head
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -67,21 +65,13 @@ class InspectTrainer(ChatTrainer):
         else:
             print_report(report)
             if json is not None:
-                _write(json, json_format.dumps(report, ensure_ascii=False, indent=1), setting="json")
+                write_report(json, json_format.dumps(report, ensure_ascii=False, indent=1), setting="json")
         if html is not None:
             from lightning_chatgpt.data.report_page import render_page
 
-            _write(html, render_page(report), setting="html")
+            write_report(html, render_page(report), setting="html")
         if report["surprises"]:
             raise SystemExit(1)
-
-
-def _write(name: str, text: str, *, setting: str) -> None:
-    try:
-        Path(name).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{setting} {name}: cannot be written ({error.strerror}); name another file") from None
-    print(f"report written to {name}", file=sys.stderr)
 
 
 def print_report(report: dict[str, Any]) -> None:

@@ -52,10 +52,10 @@ def sweep(
         import optuna
     except ImportError as error:
         raise ConfigError(f"sweep needs optuna, which cannot be imported ({error}): pip install 'lightning-chatgpt[sweep]'") from None
-    from filelock import FileLock, Timeout
 
     from lightning_chatgpt.configuration import resolve_config
     from lightning_chatgpt.plots import check_matplotlib
+    from lightning_chatgpt.processes import alone_in
     from lightning_chatgpt.trials import Sweep, read_space
 
     check_matplotlib("sweep", extra="sweep")
@@ -68,15 +68,8 @@ def sweep(
         raise ConfigError(f"{folder} holds trials, but no study.db that tells what they are; name another folder")
     if is_new:
         _check_first(wanted)
-    try:
-        place.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"folder {folder}: cannot be made ({error.strerror or error}); name another") from None
-    try:
-        with FileLock(place / ".lock", timeout=0):
-            _run(wanted, trials=trials, pruner=pruner, seed=seed)
-    except Timeout:
-        raise ConfigError(f"{folder}: another sweep is at work there; wait for it, or name another folder") from None
+    with alone_in(place, at_work="another sweep is at work there"):
+        _run(wanted, trials=trials, pruner=pruner, seed=seed)
 
 
 def _check_first(wanted: Sweep) -> None:
@@ -229,7 +222,7 @@ def _write_best(study: Any, wanted: Sweep) -> None:
     from optuna.trial import TrialState
 
     from lightning_chatgpt.checkpoints.file import replace_file
-    from lightning_chatgpt.plots import plot
+    from lightning_chatgpt.plots import COLOURS, LIMIT_COLOUR, plot
 
     done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     if not done:
@@ -246,9 +239,9 @@ def _write_best(study: Any, wanted: Sweep) -> None:
     sign = 1 if wanted.direction == "minimize" else -1
     with plot(wanted.folder / "plots" / "history.png", title=f"{wanted.monitor} of {len(done)} trials") as axes:
         axes.set(xlabel="trial", ylabel=wanted.monitor)
-        axes.plot([trial.number for trial in done], [trial.value for trial in done], "o", color="#3b82c4", label="trial")
+        axes.plot([trial.number for trial in done], [trial.value for trial in done], "o", color=COLOURS[0], label="trial")
         so_far = [sign * min(sign * trial.value for trial in done[: i + 1]) for i in range(len(done))]
-        axes.step([trial.number for trial in done], so_far, where="post", color="#d1495b", label="best so far")
+        axes.step([trial.number for trial in done], so_far, where="post", color=LIMIT_COLOUR, label="best so far")
         axes.legend(frameon=False)
 
 

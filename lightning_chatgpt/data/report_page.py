@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lightning_chatgpt.chat.faults import KINDS
-from lightning_chatgpt.pages.plots import COLOURS, LIMIT_COLOUR, Plot, bars, plot
+from lightning_chatgpt.pages.plots import Plot, bars, plot
 from lightning_chatgpt.pages.render import TokenText, percent, render, show, token_text
-from lightning_chatgpt.plots import check_matplotlib
+from lightning_chatgpt.plots import COLOURS, LIMIT_COLOUR, check_matplotlib
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

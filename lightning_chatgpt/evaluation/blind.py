@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from lightning_chatgpt.checkpoints.file import replace_file
-from lightning_chatgpt.errors import ConfigError, SaveError
+from lightning_chatgpt.errors import ConfigError
 from lightning_chatgpt.evaluation.blind_replies import answer, read_prompts
 from lightning_chatgpt.evaluation.blind_server import Judging, bind, check_serving, serve
 from lightning_chatgpt.evaluation.votes import MODELS, VoteFile, preferences, summarise
+from lightning_chatgpt.processes import alone_in
 
 VOTES_FILE = "votes.jsonl"
 RESULT_FILE = "result.json"
@@ -64,7 +62,7 @@ def run_blind(
         raise ConfigError(f"max_new_tokens and batch_size must be at least 1, not {max_new_tokens} and {batch_size}")
     check_serving()
     items = read_prompts(prompts)
-    with _alone_in(output), bind(port) as listening:
+    with alone_in(output, at_work="somebody is judging in there"), bind(port) as listening:
         records = output / "records"
         settings = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
         pairs, digests = answer(items, models=models, folder=records, accelerator=accelerator, **settings)
@@ -90,23 +88,6 @@ def run_blind(
     _print(result)
     print(f"Written to {output}: {RESULT_FILE}, {VOTES_FILE}, {PREFERENCES_FILE}")
     return result
-
-
-@contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """A folder that no other process judges in meanwhile."""
-    lock = FileLock(folder / ".lock", timeout=0)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except Timeout:
-        raise ConfigError(f"{folder}: somebody is judging in there; wait until they have ended, or name another folder") from None
-    except OSError as error:
-        raise SaveError(f"{folder}: cannot be written to ({error.strerror or error}); name another folder") from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def in_words(result: dict[str, Any]) -> list[str]:

@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lightning_chatgpt.evaluation.evaluate import main_figures, verdicts
-from lightning_chatgpt.pages.plots import COLOURS, Plot, plot
+from lightning_chatgpt.pages.plots import Plot, plot
 from lightning_chatgpt.pages.render import render
+from lightning_chatgpt.plots import COLOURS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup, escape
 
+from lightning_chatgpt.plots import COLOURS, styled
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _INK = "#808080"  # reads on white and on black, where the page's CSS is lost
-COLOURS = ("#3b82c4", "#d97b29", "#3f9f6b", "#9b6fc0", "#b8a02c")
-LIMIT_COLOUR = "#d1495b"
 _WIDTH = 5.2
 _LABEL_LENGTH = 26
 
@@ -101,19 +101,15 @@ def plot(title: str, note: str, draw: Callable[[Axes], None], *, height: float, 
         height: In inches.
         data: The numbers in words, for who does not see the plot.
     """
-    from matplotlib import style
     from matplotlib.figure import Figure
 
     settings: dict[str, Any] = {
         "svg.fonttype": "none",
         "svg.hashsalt": ascii(title),
         "text.parse_math": False,  # a source may be called $x$
-        "font.size": 10,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
         **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _INK),
     }
-    with style.context(settings, after_reset=True), warnings.catch_warnings():
+    with styled(settings), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from")  # the browser has a font for it
         figure = Figure(figsize=(_WIDTH, height), layout="constrained")
         draw(figure.add_subplot())

@@ -45,7 +45,7 @@ def report(n_replies: int) -> dict[str, Any]:
             "digest": "d" * 32,
             "curves": {"val_loss": [[1, 3.0], [2, 2.5]]},
         }
-        for name in ("runs/first", "runs/second")
+        for name in ("runs/the-first-of-them", "runs/the-second-of-them")
     ]
     parts = [
         ("perplexity", "assistant", 9.0, 5.0, "better"),
@@ -54,7 +54,7 @@ def report(n_replies: int) -> dict[str, Any]:
     ]
     return {
         "version": "0.1.0",
-        "command": "python -m lightning_chatgpt evaluate runs/first runs/second",
+        "command": "python -m lightning_chatgpt evaluate runs/the-first-of-them runs/the-second-of-them",
         "date": "2026-11-23 10:11",
         "data": {"items": n_replies, "what": "chats.jsonl", "digest": "e" * 32, "sources": {"chats.jsonl": n_replies}},
         "versions": {"python": "3.11"},
@@ -96,10 +96,10 @@ def test_sorted_and_searched_in_a_browser(browser: Any, tmp_path: Path) -> None:
     drawn = shown()
     assert len(set(drawn)) == 20 and drawn != sorted(drawn)
     assert page.locator("#count").inner_text() == "20 of 45"
-    assert choose("best replies of runs/first (chrF)")[:3] == [44, 43, 42]
-    assert choose("worst replies of runs/second (chrF)")[:2] == [44, 0]
-    assert choose("runs/second most behind runs/first (chrF)")[0] == 44
-    assert choose("references least expected by runs/first")[:2] == [44, 43]
+    assert choose("best replies of runs/the-first-of-them (chrF)")[:3] == [44, 43, 42]
+    assert choose("worst replies of runs/the-second-of-them (chrF)")[:2] == [44, 0]
+    assert choose("runs/the-second-of-them most behind runs/the-first-of-them (chrF)")[0] == 44
+    assert choose("references least expected by runs/the-first-of-them")[:2] == [44, 43]
     page.locator("#more").click()
     page.locator("#more").click()
     assert len(shown()) == 45 and not page.locator("#more").is_visible()

@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_utilities.core.rank_zero import rank_zero_info
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_chatgpt.chat.conversation import Conversation
-from lightning_chatgpt.errors import ConfigError
+from lightning_chatgpt.errors import ConfigError, UserError
 from lightning_chatgpt.evaluation.counterfactual import counterfactual_report
 from lightning_chatgpt.evaluation.counterfactual_files import read_counterfactuals
 from lightning_chatgpt.evaluation.fairness import LIMITS, FairnessSettings, audit, check_label, group_report
@@ -123,8 +123,18 @@ def _fairness(
 
             compared = counterfactual_report(counterfactuals, score=score, reply=reply, words=words)
         found.append({"name": name, "groups": groups, "counterfactual": compared})
-    folder = run_folder(models)
-    return {"models": found, "audit": audit(training_chats(folder), settings=settings) if folder is not None else None, "limits": LIMITS}
+    return {"models": found, "audit": _audit(run_folder(models), settings), "limits": LIMITS}
+
+
+def _audit(folder: Path | None, settings: FairnessSettings) -> dict[str, Any] | None:
+    """What the data say that a run was trained on; None where there is no run, or its data are gone."""
+    if folder is None:
+        return None
+    try:
+        return audit(training_chats(folder), settings=settings)
+    except UserError as error:
+        rank_zero_warn(f"{folder}: what it was trained on cannot be looked at ({error}); the report does without")
+        return None
 
 
 def harness_results(

@@ -198,3 +198,38 @@ def test_fewer_items_than_processes_are_refused(files: Path, capsys: pytest.Capt
     with pytest.raises(SystemExit):
         main(["evaluate", "one", "--data", "chats.jsonl", "--limit", "1", "--devices", "2", "--accelerator", "cpu"])
     assert "error: 1 item(s) are too few for 2 processes" in capsys.readouterr().err
+
+
+def test_fairness_stands_in_the_report_and_does_without_data_that_are_gone(files: Path) -> None:
+    record = (
+        '{{"messages": [{{"role": "user", "content": "Hi {n}"}}, {{"role": "assistant", "content": "Hello {n}"}}], "dialect": "{d}"}}\n'
+    )
+    Path("groups.jsonl").write_text("".join(record.format(n=n, d="north" if n % 2 else "south") for n in range(24)))
+    Path("mine.jsonl").write_text(
+        '{"messages": [{"role": "user", "content": "She is {term}."}, {"role": "assistant", "content": "Good."}]}\n'
+        '{"axis": "work", "terms": {"cook": "a cook", "judge": "a judge"}}\n'
+    )
+    run = files / "run"
+    (files / "one").rename(run)
+    data = {"class_path": "lightning_chatgpt.ChatDataModule", "init_args": {"train": "gone.jsonl"}}
+    (run / "config.yaml").write_text(yaml.safe_dump({"data": data}))
+    settings = ("--data", "groups.jsonl", "--fairness.group", "dialect", "--fairness.counterfactual", "mine.jsonl")
+    with pytest.warns(UserWarning, match="run: what it was trained on cannot be looked at .*gone.jsonl: no such file"):
+        found = evaluate("run", *settings)["fairness"]
+    (model,) = found["models"]
+    assert found["audit"] is None and model["groups"]["groups"] == {"north": 12, "south": 12}
+    assert [pair["axis"] for pair in model["counterfactual"]["pairs"]] == ["work"]
+    assert "Fairness of run" in Path("evaluation/report.html").read_text()
+    data["init_args"]["train"] = "groups.jsonl"
+    (run / "config.yaml").write_text(yaml.safe_dump({"data": data}))
+    assert evaluate("run", *settings)["fairness"]["audit"]["groups"].keys() == {"north", "south"}
+
+
+def test_the_harness_says_the_same_in_one_report(files: Path) -> None:
+    pytest.importorskip("lm_eval")
+    Path("docs.jsonl").write_text("".join(json.dumps({"text": f"The story number {n}. " * n}) + "\n" for n in (1, 9, 90)))
+    report = evaluate("one", "two", "--text", "docs.jsonl", "--stride", "128", "--harness", "local_perplexity")
+    theirs = [found["results"]["local_perplexity"]["metrics"]["bits_per_byte"]["value"] for found in report["harness"]]
+    assert theirs == pytest.approx(values(report)["text", "bits_per_byte"], rel=1e-6)
+    assert theirs[0] != theirs[1]
+    assert "In lm-evaluation-harness" in Path("evaluation/report.html").read_text()

@@ -33,6 +33,8 @@ class ScoringModel(HFLM):  # type: ignore[misc]
         ModelError: It cannot be loaded, or has no token to begin a text with.
     """
 
+    logits_cache: bool
+
     def __init__(self, folder: Path, *, batch_size: int, device: str) -> None:
         from safetensors import SafetensorError
 
@@ -52,8 +54,13 @@ class ScoringModel(HFLM):  # type: ignore[misc]
         texts = [request.args[0] for request in requests]
         self.n_spelt += sum(any(str(token) in text for token in self.tokenizer.all_special_tokens) for text in texts)
         n_windows = sum(-(-len(self.tok_encode(text)) // self.max_length) for text in texts)
-        with tqdm(total=n_windows, desc="Scoring windows", disable=disable_tqdm) as self._bar:
-            scores: list[float] = super().loglikelihood_rolling(requests, disable_tqdm=True)
+        # Of two windows that read the same tokens, and score another number of them, lm-eval's cache gives both the first one's score.
+        kept, self.logits_cache = self.logits_cache, False
+        try:
+            with tqdm(total=n_windows, desc="Scoring windows", disable=disable_tqdm) as self._bar:
+                scores: list[float] = super().loglikelihood_rolling(requests, disable_tqdm=True)
+        finally:
+            self.logits_cache = kept
         return scores
 
     def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None) -> Any:

@@ -226,6 +226,7 @@ def test_fairness_stands_in_the_report_and_does_without_data_that_are_gone(files
 
 
 def test_the_harness_says_the_same_in_one_report(files: Path) -> None:
+    """Also of a text that repeats itself: guards against lm-eval's cache, which takes windows that read the same for the same."""
     pytest.importorskip("lm_eval")
     Path("docs.jsonl").write_text("".join(json.dumps({"text": f"The story number {n}. " * n}) + "\n" for n in (1, 9, 90)))
     report = evaluate("one", "two", "--text", "docs.jsonl", "--stride", "128", "--harness", "local_perplexity")

@@ -77,17 +77,37 @@ def report_head() -> dict[str, str]:
     }
 
 
-def write_report(name: str, text: str, *, setting: str) -> None:
-    """Write a report to a file, and say so.
+def tell_report(
+    report: dict[str, Any],
+    *,
+    show: Callable[[dict[str, Any]], None],
+    render: str,
+    html_file: str | None,
+    json_file: str | None,
+) -> None:
+    """Show a report in the terminal, and write it where that was asked for.
 
     Args:
-        name: The file.
-        text: What it is to hold.
-        setting: Where it was named, for the error.
+        report: Plain data.
+        show: Prints it for people.
+        render: The module whose ``render_page`` makes a page of it, imported only for that.
+        html_file: A file for the page, the command's ``html``; None for none.
+        json_file: One for scripts, its ``json``; - for standard output, and nothing else there. None for none.
 
     Raises:
-        ConfigError: It cannot be written.
+        ConfigError: A file cannot be written.
     """
+    if json_file == "-":
+        print(json.dumps(report, ensure_ascii=False))
+    else:
+        show(report)
+        if json_file is not None:
+            _write(json_file, json.dumps(report, ensure_ascii=False, indent=1), setting="json")
+    if html_file is not None:
+        _write(html_file, import_module(render).render_page(report), setting="html")
+
+
+def _write(name: str, text: str, *, setting: str) -> None:
     try:
         Path(name).write_text(text, encoding="utf-8")
     except OSError as error:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json as json_format
 from pathlib import Path
 from typing import Any
 
 from lightning_chatgpt.chat.conversation import Conversation, Message
-from lightning_chatgpt.commands import report_head, write_report
+from lightning_chatgpt.commands import report_head, tell_report
 from lightning_chatgpt.errors import ConfigError
 
 _MAX_NEW_TOKENS = 64
@@ -66,16 +65,7 @@ def explain(
         "is_own_reply": reply is None,
         **explanation.to_dict(),
     }
-    if json == "-":
-        print(json_format.dumps(report, ensure_ascii=False))
-    else:
-        _print(report)
-        if json is not None:
-            write_report(json, json_format.dumps(report, ensure_ascii=False, indent=1), setting="json")
-    if html is not None:
-        from lightning_chatgpt.evaluation.explain_page import render_page
-
-        write_report(html, render_page(report), setting="html")
+    tell_report(report, show=_print, render="lightning_chatgpt.evaluation.explain_page", html_file=html, json_file=json)
 
 
 def _print(report: dict[str, Any]) -> None:

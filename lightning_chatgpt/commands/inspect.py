@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json as json_format
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningDataModule, LightningModule
 
 from lightning_chatgpt.chat.faults import KINDS
-from lightning_chatgpt.commands import report_head, write_report
+from lightning_chatgpt.commands import report_head, tell_report
 from lightning_chatgpt.data.chat import ChatDataModule
 from lightning_chatgpt.data.report import describe
 from lightning_chatgpt.errors import ConfigError
@@ -60,16 +59,7 @@ class InspectTrainer(ChatTrainer):
             **report_head(),
             **describe(datamodule, n_examples=examples, max_truncated=max_truncated),
         }
-        if json == "-":
-            print(json_format.dumps(report, ensure_ascii=False))
-        else:
-            print_report(report)
-            if json is not None:
-                write_report(json, json_format.dumps(report, ensure_ascii=False, indent=1), setting="json")
-        if html is not None:
-            from lightning_chatgpt.data.report_page import render_page
-
-            write_report(html, render_page(report), setting="html")
+        tell_report(report, show=print_report, render="lightning_chatgpt.data.report_page", html_file=html, json_file=json)
         if report["surprises"]:
             raise SystemExit(1)
 

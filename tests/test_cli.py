@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from lightning_chatgpt.__main__ import main
+from lightning_chatgpt.arguments import fill_switches
 from tests.conftest import ARCHITECTURE, chat
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -358,6 +359,19 @@ def test_a_strategy_that_cannot_be_says_so_in_one_line(
         assert said == "error: trainer.strategy ZeroStrategy needs the package deepspeed; pip install deepspeed"
     said = refused(*on_top, "lightning_chatgpt:strategy/fsdp", "--trainer.accelerator", "cpu", capsys=capsys)
     assert said.startswith("error: trainer: The strategy `fsdp` requires a GPU accelerator")
+
+
+def test_a_switch_alone_is_true() -> None:
+    switches = {"--overwrite", "--blind"}
+    assert fill_switches(["fit", "--overwrite", "-c", "x.yaml", "--blind"], switches) == [
+        "fit",
+        "--overwrite=true",
+        "-c",
+        "x.yaml",
+        "--blind=true",
+    ]
+    for given in ([], ["--overwrite", "True"], ["--overwrite=false", "--batch", "1"], ["--blind", "no", "a"]):
+        assert fill_switches(given, switches) == given
 
 
 def test_help_of_every_verb(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ import pytest
 from filelock import FileLock
 
 from lightning_chatgpt.data.sources import read_conversations
-from lightning_chatgpt.errors import ConfigError, SaveError
+from lightning_chatgpt.errors import ConfigError
 from lightning_chatgpt.evaluation import blind
 from lightning_chatgpt.evaluation.blind_server import Judging, bind
 from tests.conftest import chat
@@ -115,9 +115,12 @@ def test_a_taken_port_is_told_before_anything_is_generated(run: Callable[..., An
 
 def test_two_do_not_judge_in_one_folder_at_once(run: Callable[..., Any], tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    with FileLock(tmp_path / "out" / ".lock"), pytest.raises(ConfigError, match="out: somebody is judging in there; wait until they"):
+    with (
+        FileLock(tmp_path / "out" / ".lock"),
+        pytest.raises(ConfigError, match="out: somebody is judging in there; wait until that has ended"),
+    ):
         run()
     (tmp_path / "file").touch()
-    with pytest.raises(SaveError, match=r"file: cannot be written to \(File exists\); name another folder"):
+    with pytest.raises(ConfigError, match=r"file: cannot be written to \(File exists\); name another folder"):
         run(output=tmp_path / "file")
     run("A")  # the folder is free again

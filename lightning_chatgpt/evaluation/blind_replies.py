@@ -62,7 +62,10 @@ def answer(
         raise ConfigError(f"{models[0]} and {models[1]} are the same model; name two that differ")
     trainer = measuring_trainer(folder, accelerator=accelerator)
     settings = Measuring(batch_size=batch_size, max_new_tokens=max_new_tokens, stride=None)
-    both = [measure(model, items, trainer=trainer, name=name, settings=settings) for name, model in zip(models, loaded, strict=True)]
+    both = [
+        measure(model, items, trainer=trainer, name=name, digest=digest, settings=settings)
+        for name, model, digest in zip(models, loaded, digests, strict=True)
+    ]
     pairs = []
     for item, *records in zip(items, *both, strict=True):
         assert isinstance(item.content, Conversation)

@@ -63,8 +63,9 @@ def evaluate_models(
     for name, model, run in zip(names, models, runs, strict=True):
         loaded = load_model(model)
         rank_zero_info(f"{name}: {len(items):,} items")
-        records.append(measure(loaded, items, trainer=trainer, name=name, settings=measuring))
-        described.append({"name": name, "path": model, **describe_model(loaded), **run})
+        about = describe_model(loaded)
+        records.append(measure(loaded, items, trainer=trainer, name=name, digest=about["digest"], settings=measuring))
+        described.append({"name": name, "path": model, **about, **run})
     if not trainer.is_global_zero:
         return {}
     figures = [*likelihood_figures(records), *reply_figures(records, bertscore=bertscore)]

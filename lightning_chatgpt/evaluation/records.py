@@ -201,7 +201,9 @@ def _trainer(folder: Path, accelerator: str, devices: int) -> ChatTrainer:
     )
 
 
-def measure(model: LoadedModel, items: Sequence[Item], *, trainer: ChatTrainer, name: str, settings: Measuring) -> list[Record]:
+def measure(
+    model: LoadedModel, items: Sequence[Item], *, trainer: ChatTrainer, name: str, digest: str, settings: Measuring
+) -> list[Record]:
     """Score and answer every item, each once over all processes; what was broken off is gone on with.
 
     Args:
@@ -209,6 +211,7 @@ def measure(model: LoadedModel, items: Sequence[Item], *, trainer: ChatTrainer, 
         items: The data.
         trainer: Whose ``default_root_dir`` the records are written to, one line of JSON each.
         name: The model's; with what its records depend on it makes the file's.
+        digest: The model's, by :func:`network_digest`.
         settings: How.
 
     Returns: the records, in the order of the items; on other processes than the first none.
@@ -216,7 +219,6 @@ def measure(model: LoadedModel, items: Sequence[Item], *, trainer: ChatTrainer, 
     Raises:
         ConfigError: A setting does not fit the model.
     """
-    digest = network_digest(model)
     # As it is trained, but for FlashAttention, which takes half precision only.
     set_attention(model.network, "stretches" if model.network._supports_attention_backend else "sdpa")
     if len(items) < trainer.num_devices * trainer.num_nodes:
